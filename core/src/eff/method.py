@@ -1,0 +1,164 @@
+"""What a plugin author imports: `Method`, `MethodConfig`, `Card`, `Claim`, `Extension`, `hookimpl`.
+
+Imports no torch, so that options can be checked and cards shown quickly.
+
+    class LSQConfig(MethodConfig):
+        weight_bits: int = Field(4, ge=2, le=8, description="Bit width of the weights.")
+
+    class LSQ(Method[LSQConfig]):
+        card = Card(title="Learned Step Size Quantization", paper="arXiv:1902.08153", ...)
+
+        @hookimpl
+        def transform(self, model, run): ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from eff.hookspecs import CONTRACT, hookimpl
+from eff.schemas import Schema, TrainOptions
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["Card", "Check", "Claim", "Extension", "Field", "Method", "MethodConfig", "hookimpl"]
+
+Need = Literal["train_data", "calibration_data", "test_data", "gpu"]
+
+
+class MethodConfig(BaseModel):
+    """Base of a method's options: frozen, unknown options are errors, defaults are checked too."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
+
+
+class Check(Schema):
+    """One comparison of a claim: the mean of `left` is at least the mean of `right` plus `margin`.
+
+    `left` and `right` name settings that the claim's function measures; `right` may be a number.
+    """
+
+    left: str
+    right: str | float
+    margin: float = 0.0
+    relation: Literal["at_least", "at_most"] = Field(
+        "at_least", description="at_most: left <= right + margin (a negative margin asks for a gap)."
+    )
+
+
+class Claim(Schema):
+    """What the paper promises, as something that runs at desk scale.
+
+    `run` names a function "package.module:function" that takes a `ClaimRun` (seeds, data folder,
+    progress) and returns `{setting: [one value per seed]}`. Core computes the verdict from `checks`,
+    so a plugin cannot state it.
+    """
+
+    id: str = Field(pattern=r"^[a-z0-9_]+$")
+    statement: str
+    run: str = Field(pattern=r"^[\w.]+:\w+$")
+    checks: tuple[Check, ...] = Field(min_length=1)
+    paper: str = Field(description="The paper's own figures and where they stand.")
+    unit: str = ""
+    seeds: tuple[int, ...] = (0, 1, 2, 3)
+    minutes: float = Field(description="Expected duration on two CPU cores.")
+
+
+class Card(Schema):
+    """Who proposed the method, what it needs and what it goes with; shown by `eff info`."""
+
+    title: str
+    authors: tuple[str, ...]
+    venue: str
+    year: int
+    paper: str = Field(description="Identifier, e.g. arXiv:1902.08153.")
+    url: str
+    tasks: tuple[str, ...] = ("classification",)
+    needs: tuple[Need, ...] = ()
+    formats: tuple[str, ...] = Field((), description="Export formats that the method writes itself.")
+    composes_with: tuple[str, ...] = Field((), description="Families or plugins, in words a user knows.")
+    conflicts_with: tuple[str, ...] = Field((), description="Plugins or families ('quant_*') refused in one run.")
+    notes: str = ""
+
+    @property
+    def trains(self) -> bool:
+        """Whether `eff apply` trains after `transform`."""
+        return "train_data" in self.needs
+
+
+ConfigT = TypeVar("ConfigT", bound=MethodConfig)
+
+
+class Method(Generic[ConfigT]):
+    """One published method. A run makes its own instance with the validated configuration.
+
+    What must be remembered between hooks lives on `self`; what must survive a resume is returned by
+    `state_dict`; what `transform` found in data and a checkpoint needs to rebuild the structure goes
+    into `self.structure` (JSON values), which is set again before a restoring `transform`.
+
+    Subclasses set `card`, optionally `claims`, and mark the hooks they implement with `@hookimpl`.
+    """
+
+    contract: ClassVar[int] = CONTRACT
+    card: ClassVar[Card]
+    claims: ClassVar[tuple[Claim, ...]] = ()
+
+    config: ConfigT
+
+    def __init__(self, config: ConfigT | None = None):
+        self.config = config if config is not None else self.config_type()()
+        self.structure: dict[str, JsonValue] = {}
+
+    @classmethod
+    def config_type(cls) -> type[ConfigT]:
+        """Return the class named in `Method[...]`."""
+        for klass in cls.__mro__:
+            for base in klass.__dict__.get("__orig_bases__", ()):
+                for argument in get_args(base):
+                    if isinstance(argument, type) and issubclass(argument, BaseModel):
+                        return argument  # type: ignore[return-value]
+        raise TypeError(f"{cls.__name__} names no configuration; write class {cls.__name__}(Method[YourConfig])")
+
+    def training(self) -> TrainOptions:
+        """Return the method's training recipe for this configuration; unset fields fall to core's."""
+        return TrainOptions()
+
+    def parameter_options(self, name: str, parameter: nn.Parameter) -> dict[str, Any]:
+        """Return optimiser options that differ for one parameter, e.g. `{"weight_decay": 0.0}`."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs besides the model's weights (tensors and plain values)."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+
+
+class Extension:
+    """An always-on plugin (entry-point group `eff.extensions`): sources, tasks, optimisers, formats.
+
+    Values are "package.module:attribute" and are imported when used, so an extension costs a run
+    nothing it does not need. An extension may also implement hooks; `build_model` answers the
+    schemes it owns.
+    """
+
+    contract: ClassVar[int] = CONTRACT
+    schemes: ClassVar[tuple[str, ...]] = ()
+    """Prefixes of model sources that `build_model` answers, e.g. ("zoo",)."""
+    models: ClassVar[Mapping[str, str]] = {}
+    """Model sources by full name with a one-line description, for listings and suggestions."""
+    data_sources: ClassVar[Mapping[str, str]] = {}
+    """Scheme -> function(spec: DataSpec) -> Data."""
+    tasks: ClassVar[Mapping[str, str]] = {}
+    """Name -> subclass of eff.tasks.Task."""
+    optimizers: ClassVar[Mapping[str, str]] = {}
+    """Name -> torch.optim.Optimizer subclass."""
+    encodings: ClassVar[Mapping[str, str]] = {}
+    """Name -> function(tensors, details) -> state dict, for packed weight files."""
+    hookspecs: ClassVar[tuple[str, ...]] = ()
+    """Modules or classes with hook specifications of a family, with the family's prefix."""
