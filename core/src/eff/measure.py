@@ -1,0 +1,97 @@
+"""Measuring a model: the task's metrics, size and latency."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from eff.data import Data, move_batch, ordered_batches
+from eff.run import Run
+from eff.schemas import Measurement, Metrics
+
+if TYPE_CHECKING:
+    from eff.session import Plugins
+
+
+def task_metrics(model: nn.Module, data: Data, run: Run) -> Metrics:
+    """Return the task's metrics on the test split, in eval mode."""
+    split = data.split("test")
+    size = max(run.train.batch_size or 64, 64)
+    meter = run.task.meter()
+    was_training = model.training
+    model.eval()
+    batches = run.log.track(ordered_batches(split, size), "evaluate", total=-(-len(split) // size))
+    with torch.inference_mode():
+        for batch in batches:
+            moved = move_batch(batch, run.device)
+            meter.update(run.forward(model, moved), moved)
+    model.train(was_training)
+    return meter.compute()
+
+
+def measure(model: nn.Module, run: Run, plugins: Plugins, file_bytes: int | None = None) -> Measurement:
+    """Return quality (all `evaluate` hooks), size and latency of a model."""
+    assert run.data is not None
+    parts = []
+    for implementation in plugins.hook.evaluate.get_hookimpls():
+        metrics = implementation.function(**{name: {"model": model, "data": run.data, "run": run}[name] for name in implementation.argnames})
+        parts.append((implementation.plugin_name, metrics or Metrics()))
+    latency = time_forward(model, run)
+    return Measurement(
+        metrics=Metrics.merge(parts),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        bytes=file_bytes if file_bytes is not None else state_bytes(model),
+        latency_ms=latency.median,
+        latency_p90_ms=latency.p90,
+    )
+
+
+def state_bytes(model: nn.Module) -> int:
+    """Return the bytes of all parameters and buffers that a file would hold."""
+    return sum(value.numel() * value.element_size() for value in model.state_dict().values() if isinstance(value, torch.Tensor))
+
+
+class Latency:
+    """Times of repeated calls, in milliseconds."""
+
+    def __init__(self, milliseconds: list[float]):
+        ordered = sorted(milliseconds)
+        self.median = statistics.median(ordered)
+        self.p90 = ordered[min(len(ordered) - 1, int(0.9 * len(ordered)))]
+        self.count = len(ordered)
+
+
+def time_forward(model: nn.Module, run: Run, samples: int = 1, budget_s: float = 0.3) -> Latency:
+    """Time the forward pass on `samples` inputs after warm-up, for about `budget_s` seconds."""
+    inputs = tuple(value.to(run.device) for value in run.task.example_inputs(samples))
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        result = time_calls(lambda: model(*inputs), run.device, budget_s)
+    model.train(was_training)
+    return result
+
+
+def time_calls(call: Callable[[], object], device: torch.device, budget_s: float) -> Latency:
+    """Time `call` after warm-up: at least 5 times, at most 200, for about `budget_s` seconds."""
+    for _ in range(3):
+        call()
+    times: list[float] = []
+    end = time.perf_counter() + budget_s
+    while len(times) < 5 or (time.perf_counter() < end and len(times) < 200):
+        _wait(device)
+        start = time.perf_counter()
+        call()
+        _wait(device)
+        times.append(1000.0 * (time.perf_counter() - start))
+    return Latency(times)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,225 @@
+"""Opening a model: from a file, a run folder, or a source such as `zoo:digits_cnn`."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl
+
+import torch
+from torch import nn
+
+from eff.checkpoint import SUFFIXES, ModelFile, decode_state, load_state, read_model_file
+from eff.data import Data, load_data
+from eff.errors import MissingDependencyError, ModelError, did_you_mean
+from eff.log import Log
+from eff.options import read_value
+from eff.run import Run
+from eff.schemas import CheckpointHeader, DataSpec, ModelSpec, TaskSpec
+from eff.seeding import seed_everything
+from eff.session import Chosen, Plugins, choose_applied
+from eff.tasks import BUILT_IN, Task
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclass(eq=False)
+class OpenModel:
+    """A model ready to use, with what belongs to it."""
+
+    model: nn.Module
+    spec: ModelSpec
+    task: Task[Any]
+    data: Data | None
+    header: CheckpointHeader | None
+    applied: tuple[Chosen, ...]
+    """Methods that had been applied before, in their order."""
+    file_bytes: int | None
+
+
+def file_of(model: str) -> Path | None:
+    """Return the file that `model` names, or None where it is a model source.
+
+    A folder stands for the model.pt in it.
+    """
+    path = Path(model)
+    if path.is_dir() and (path / "model.pt").exists():
+        return path / "model.pt"
+    if path.exists() or path.suffix in SUFFIXES or "/" in model or "\\" in model:
+        return path
+    return None if ":" in model else path
+
+
+def parse_source(text: str) -> ModelSpec:
+    """Return the spec of `zoo:vit_tiny?depth=4`; options stand behind the question mark."""
+    source, _, query = text.partition("?")
+    return ModelSpec(source=source, options={key: read_value(value) for key, value in parse_qsl(query)})
+
+
+@dataclass(frozen=True)
+class ModelRequest:
+    """What the user said about the model and its data."""
+
+    model: str
+    arch: str | None = None
+    data: str | None = None
+    task: TaskSpec | None = None
+    trust_pickle: bool = False
+    device: torch.device = torch.device("cpu")
+    seed: int = 0
+    needs_data: bool = True
+
+
+def open_model(request: ModelRequest, plugins: Plugins, log: Log | None = None) -> OpenModel:
+    """Open the model and, where asked for, its data; replay the methods a checkpoint names.
+
+    Raises:
+        ModelError, DataError, PluginError: as their messages say.
+    """
+    path = file_of(request.model)
+    file = read_model_file(path, request.trust_pickle) if path is not None else None
+    header = file.header if file else None
+    given = header.task if header else request.task
+    data_text = request.data or (header.data if header else None)
+    data = load_data(DataSpec.parse(data_text), given, plugins.added("data_sources")) if data_text else None
+    if data is None and request.needs_data:
+        raise ModelError(f"{request.model}: names no data; add --data, e.g. --data digits")
+    task_spec = given or (data.task if data else None)
+    if task_spec is None:
+        raise ModelError(f"{request.model}: says nothing about its task; add --data, e.g. --data digits")
+    task = make_task(task_spec, plugins)
+    run = Run(task=task, device=request.device, seed=request.seed, log=log or Log(), restoring=True)
+    spec = _spec_of(request, file)
+    seed_everything(request.seed, "build_model")
+    if file and file.module is not None:
+        model = file.module
+    else:
+        needed = {} if header else _wanted_options(spec, task)
+        spec = spec.model_copy(update={"options": {**needed, **spec.options}})
+        model = build_model(spec, run, plugins)
+    if header is None:
+        task = _with_model_options(task, model, plugins)
+        run.task = task
+    model.to(request.device)
+    applied = choose_applied(header.methods) if header else []
+    run.model_spec = spec
+    if file and file.module is None:
+        model = restore(model, applied, run, file, spec, plugins)
+    if data is not None:
+        task.check_fit(model, data)
+    size = path.stat().st_size if path else None
+    return OpenModel(model, spec, task, data, header, tuple(applied), size)
+
+
+def restore(
+    model: nn.Module, applied: Sequence[Chosen], run: Run, file: ModelFile, spec: ModelSpec, plugins: Plugins
+) -> nn.Module:
+    """Rebuild the structure that the methods of a checkpoint made, then load its weights."""
+    for chosen in applied:
+        seed_everything(run.seed, f"transform/{chosen.name}")
+        model = chosen.method.transform(model=model, run=run)  # type: ignore[attr-defined]
+    state = file.state
+    if file.header and file.header.encoding:
+        state = decode_state(file, plugins.look_up("encodings", file.header.encoding, {}))
+    load_state(model, state, str(file.path), spec.source)
+    return model.to(run.device)
+
+
+def make_task(spec: TaskSpec, plugins: Plugins) -> Task[Any]:
+    """Return the task of a spec, from core or an extension."""
+    task_type: type[Task[Any]] = plugins.look_up("tasks", spec.name, dict(BUILT_IN))
+    return task_type.from_spec(spec)
+
+
+def _spec_of(request: ModelRequest, file: ModelFile | None) -> ModelSpec:
+    if file is None:
+        return parse_source(request.model)
+    if file.header:
+        return file.header.model
+    if file.module is not None:
+        return ModelSpec(source=f"pickle:{file.path.resolve()}")
+    if request.arch is None:
+        raise ModelError(f"{file.path}: holds weights without an architecture; add --arch, e.g. --arch zoo:cifar_resnet20")
+    return parse_source(request.arch)
+
+
+def _with_model_options(task: Task[Any], model: nn.Module, plugins: Plugins) -> Task[Any]:
+    """Put what a pretrained model says of itself (`model.task_options`) over what the data says."""
+    own = getattr(model, "task_options", None)
+    if not own:
+        return task
+    spec = task.spec
+    return make_task(spec.model_copy(update={"options": {**spec.options, **own}}), plugins)
+
+
+def _wanted_options(spec: ModelSpec, task: Task[Any]) -> dict[str, Any]:
+    """Return what the architecture must know of the task, as far as its factory takes it."""
+    options = task.model_options()
+    if spec.scheme in ("timm", "zoo"):
+        return {key: options[key] for key in options if key != "in_channels" or spec.scheme == "zoo"}
+    return {}
+
+
+def build_model(spec: ModelSpec, run: Run, plugins: Plugins) -> nn.Module:
+    """Return the module that `spec` names.
+
+    Raises:
+        ModelError: nobody answers for this source.
+    """
+    model = plugins.hook.build_model(spec=spec, run=run)
+    if not isinstance(model, nn.Module):
+        names = sorted({name for _, extension in plugins.extensions for name in extension.models})
+        raise ModelError(
+            f"'{spec.source}' is no model source{did_you_mean(spec.source, names)}; "
+            f"known: {', '.join([*names, 'timm:NAME', 'hf:NAME', 'package.module:factory'])}"
+        )
+    return model
+
+
+def build_from_library(spec: ModelSpec, run: Run) -> nn.Module | None:
+    """Answer `timm:`, `hf:` and `package.module:factory`; None for anything else."""
+    if spec.scheme == "timm":
+        timm = _library("timm", spec)
+        return _call(timm.create_model, spec, spec.name)
+    if spec.scheme == "hf":
+        transformers = _library("transformers", spec)
+        return _call(transformers.AutoModelForImageClassification.from_pretrained, spec, spec.name)
+    if "." not in spec.scheme and spec.scheme != "__main__" and importlib.util.find_spec(spec.scheme) is None:
+        return None
+    try:
+        module = importlib.import_module(spec.scheme)
+    except ImportError as error:
+        raise ModelError(f"'{spec.source}': cannot import {spec.scheme}: {error}") from error
+    factory = getattr(module, spec.name, None)
+    if not callable(factory):
+        known = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        raise ModelError(f"'{spec.source}': {spec.scheme} has no function '{spec.name}'{did_you_mean(spec.name, known)}")
+    options = dict(spec.options)
+    parameters = inspect.signature(factory).parameters
+    for key, value in run.task.model_options().items():
+        if key in parameters:
+            options.setdefault(key, value)
+    model = _call(factory, spec.model_copy(update={"options": options}))
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"'{spec.source}': returned a {type(model).__name__}, not an nn.Module")
+    return model
+
+
+def _library(name: str, spec: ModelSpec) -> Any:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # timm needs torchvision, whose import may fail in many ways
+        raise MissingDependencyError(
+            f"'{spec.source}' needs {name}, which does not import here ({str(error).splitlines()[0]}); pip install {name}"
+        ) from error
+
+
+def _call(factory: Any, spec: ModelSpec, *arguments: Any) -> Any:
+    try:
+        return factory(*arguments, **spec.options)
+    except Exception as error:  # foreign code
+        raise ModelError(f"'{spec.source}': {type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from error
