@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from eff.errors import DataError
 from eff.log import Log
-from eff.schemas import Metric, ModelSpec, Precision, TrainOptions
+from eff.schemas import AppliedMethod, Metric, ModelSpec, Precision, TrainOptions
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +40,8 @@ class Run:
     """A checkpoint is being rebuilt: make the structure, use no data."""
     training: bool = False
     """`train_step` will be called after `transform`: keep a teacher now if one is wanted."""
+    applied: Callable[[], tuple[AppliedMethod, ...]] = tuple
+    """Returns the methods applied so far, for the header of files that a method writes."""
 
     def generator(self, name: str) -> torch.Generator:
         """Return a CPU generator that depends on the seed and `name` alone."""
