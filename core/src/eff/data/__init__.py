@@ -6,7 +6,7 @@ batches by index, and the task that the data is for. Images stay in [0, 1]; the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -59,7 +59,9 @@ class Data:
 
     def fingerprint(self) -> str:
         """Return one hash over the splits, for reports."""
-        parts = [f"{name}={part.fingerprint()}" for name in ("train", "test") if (part := getattr(self, name)) is not None]
+        parts = [
+            f"{name}={part.fingerprint()}" for name in ("train", "test") if (part := getattr(self, name)) is not None
+        ]
         return " ".join(parts)
 
 
@@ -67,9 +69,29 @@ Source = Callable[[DataSpec, "TaskSpec | None"], Data]
 """A data source: gets the spec and, where a model is already there, the task it was made for."""
 
 
+def load_data(spec: DataSpec | str, task: TaskSpec | None = None, sources: Mapping[str, str] | None = None) -> Data:
+    """Return the data that `spec` names.
+
+    Args:
+        spec: a source, or what the user wrote, e.g. "folder:photos?train=256&seed=0".
+        task: the task of a model that is already there, maybe with some options only: images get its
+            input shape, its normalisation is kept, and classes that it knows by name get its indices.
+        sources: scheme -> "package.module:function" of sources that extensions add.
+
+    Raises:
+        DataError: the source is unknown or the data cannot be used. Problems: several options are wrong.
+        MissingDependencyError: the source needs a library that is not installed.
+    """
+    from eff.data.loading import load
+
+    return load(DataSpec.parse(spec) if isinstance(spec, str) else spec, task, sources or {})
+
+
 def move_batch(batch: Batch, device: torch.device) -> Batch:
     """Return `batch` with its tensors on `device`."""
-    return {key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for key, value in batch.items()
+    }
 
 
 def batch_size_of(batch: Batch) -> int:
@@ -83,7 +105,9 @@ def ordered_batches(split: Split, batch_size: int) -> Iterator[Batch]:
         yield split.batch(range(start, min(start + batch_size, len(split))))
 
 
-def shuffled_batches(split: Split, batch_size: int, generator: torch.Generator, samples: int | None = None) -> Iterator[Batch]:
+def shuffled_batches(
+    split: Split, batch_size: int, generator: torch.Generator, samples: int | None = None
+) -> Iterator[Batch]:
     """Yield samples in random order without augmentation, at most `samples` of them."""
     order = torch.randperm(len(split), generator=generator)[:samples].tolist()
     for start in range(0, len(order), batch_size):

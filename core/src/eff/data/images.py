@@ -38,11 +38,11 @@ def read_image(path: Path, input_shape: Shape) -> Tensor:
     Raises:
         DataError: the file is missing, no image, damaged or unreasonably large.
     """
-    return torch.from_numpy(decode(path, input_shape, str(path))).float() / 255
+    return torch.from_numpy(decode(path, input_shape, str(path)).astype(np.float32)) / 255
 
 
 def decode(source: Encoded, shape: Shape, name: str) -> NDArray[np.uint8]:
-    """Return an encoded image as an array (C, H, W), uint8.
+    """Return an encoded image as an array (C, H, W), uint8, not to be written to.
 
     Args:
         source: encoded bytes or a file.
@@ -57,7 +57,7 @@ def decode(source: Encoded, shape: Shape, name: str) -> NDArray[np.uint8]:
         raise DataError(f"{name}: the model wants {channels} channels; images give 1 (grey) or 3 (RGB)")
     with _opened(source, name) as image:
         pixels = np.asarray(fit(_in_mode(_upright(image), _MODES[channels], name), height, width))
-    return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 
 def native_shape(source: Encoded, name: str) -> Shape:
@@ -103,7 +103,7 @@ def _opened(source: Encoded, name: str) -> Iterator[Image.Image]:
         raise DataError(f"{name}: is not an image that Pillow can read (JPEG, PNG, WebP, ...)") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(
-            f"{name}: has more than {MAX_PIXELS / 1e6:.1f} million pixels and may be a decompression bomb; scale it down"
+            f"{name}: has more than {MAX_PIXELS / 1e6:.1f} million pixels (a decompression bomb?); scale it down"
         ) from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         raise DataError(f"{name}: the image is damaged ({error}); replace or remove it") from error

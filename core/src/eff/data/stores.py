@@ -143,10 +143,12 @@ class EncodedStore:
         if shape[1] * shape[2] * _CHUNK > 2**20:  # photos: hand them out one by one
             chunks = [[row] for row in missing]
 
+        array = out.numpy()
+
         def work(rows: list[int]) -> None:
             for row in rows:
                 item = self._order[indices[row]]
-                out[row] = torch.from_numpy(decode(self._items[item], shape, self._name(item)))
+                array[row] = decode(self._items[item], shape, self._name(item))
 
         for _ in _threads(os.getpid()).map(work, chunks) if len(chunks) > 1 else map(work, chunks):
             pass

@@ -1,0 +1,196 @@
+"""Using a finished model: evaluate, predict, export, bench."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from eff.data import move_batch
+from eff.errors import OutputError, RequestError, did_you_mean
+from eff.exporting import export, file_name
+from eff.files import atomic_path
+from eff.log import Log
+from eff.measure import measure, state_bytes, time_forward
+from eff.models import ModelRequest, OpenModel, open_model
+from eff.run import Run
+from eff.runner import resolve_device
+from eff.schemas import CORE_TRAINING, Artifact, Measurement, MethodUse, Schema
+from eff.seeding import seed_everything
+from eff.session import Plugins, choose
+from eff.tasks import Prediction
+
+
+@dataclass(frozen=True)
+class UseRequest:
+    """A model to use, with what its file may leave open."""
+
+    model: str
+    arch: str | None = None
+    data: str | None = None
+    device: str = "auto"
+    batch_size: int | None = None
+    seed: int = 0
+    trust_pickle: bool = False
+
+
+def _open(request: UseRequest, plugins: Plugins, log: Log, needs_data: bool) -> tuple[OpenModel, Run]:
+    device = resolve_device(request.device)
+    opened = open_model(
+        ModelRequest(
+            request.model, request.arch, request.data, None, request.trust_pickle, device, request.seed, needs_data
+        ),
+        plugins,
+        log,
+    )
+    size = request.batch_size or CORE_TRAINING.batch_size
+    run = Run(
+        task=opened.task, device=device, seed=request.seed, data=opened.data, model_spec=opened.spec, log=log,
+        train=CORE_TRAINING.model_copy(update={"batch_size": size}),
+    )  # fmt: skip
+    run.applied = lambda: tuple(item.applied() for item in opened.applied)
+    opened.model.eval()
+    return opened, run
+
+
+def evaluate(request: UseRequest, methods: Sequence[MethodUse] = (), log: Log | None = None) -> Measurement:
+    """Measure a model on the test split: the task's metrics and what `methods` add.
+
+    Raises:
+        RequestError: the model, the data or a method cannot be used.
+    """
+    log = log or Log()
+    plugins = Plugins(choose(methods))
+    opened, run = _open(request, plugins, log, needs_data=True)
+    # The methods that made the model also have something to say of it.
+    names = [item.name for item in plugins.chosen]
+    again = Plugins([*(item for item in opened.applied if item.name not in names), *plugins.chosen], plugins.extensions)
+    seed_everything(request.seed, "evaluate")
+    return measure(opened.model, run, again, opened.file_bytes)
+
+
+def predict(request: UseRequest, inputs: Sequence[Path], out: Path | None = None, log: Log | None = None) -> list[Prediction]:
+    """Return what the model says of each input file.
+
+    Raises:
+        RequestError: the model or an input cannot be used.
+    """
+    if out is not None and len(inputs) > 1:
+        raise RequestError("--out names one file, but there are several inputs; predict them one by one")
+    opened, run = _open(request, Plugins(), log or Log(), needs_data=False)
+    predictions = []
+    for path in inputs:
+        batch = move_batch(opened.task.read_input(path), run.device)
+        with torch.inference_mode():
+            predictions.append(opened.task.show(run.forward(opened.model, batch), path, out))
+    return predictions
+
+
+def export_model(
+    request: UseRequest, formats: Sequence[str], out: Path, force: bool = False, log: Log | None = None
+) -> list[Artifact]:
+    """Write a finished model in other formats into the folder `out`.
+
+    Raises:
+        RequestError: nobody writes a format, or a file exists and `force` is false.
+    """
+    log = log or Log()
+    extensions = Plugins().extensions
+    opened, run = _open(request, Plugins((), extensions), log, needs_data=False)
+    plugins = Plugins(opened.applied, extensions)
+    known = plugins.export_formats()
+    for name in formats:
+        if name not in known:
+            raise RequestError(f"nothing writes '{name}' for this model{did_you_mean(name, known)}; known: {', '.join(known)}")
+        if (out / file_name(name)).exists() and not force:
+            raise OutputError(f"{out / file_name(name)} exists; add --force to replace it, or choose another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot create {out}: {error.strerror}; choose another --out") from error
+    return [export(opened.model, name, out, run, plugins) for name in formats]
+
+
+class BenchRow(Schema):
+    """One model on this machine."""
+
+    model: str
+    latency_ms: float
+    latency_p90_ms: float
+    throughput: float
+    """Samples per second at the batch size."""
+    batch_size: int
+    peak_memory_bytes: int | None
+    parameters: int
+    bytes: int
+
+
+def bench(requests: Sequence[UseRequest], seconds: float = 1.0, log: Log | None = None) -> list[BenchRow]:
+    """Measure latency, throughput, memory and size of models, after warm-up.
+
+    Raises:
+        RequestError: a model cannot be opened.
+    """
+    log = log or Log()
+    rows = []
+    for request in log.track(requests, "bench"):
+        opened, run = _open(request, Plugins(), log, needs_data=False)
+        size = request.batch_size or 64
+        single = time_forward(opened.model, run, 1, seconds)
+        _reset_peak(run.device)
+        before = _memory(run.device)
+        many = time_forward(opened.model, run, size, seconds)
+        peak = _peak(run.device)
+        rows.append(
+            BenchRow(
+                model=request.model,
+                latency_ms=single.median,
+                latency_p90_ms=single.p90,
+                throughput=1000.0 * size / many.median,
+                batch_size=size,
+                peak_memory_bytes=None if peak is None or before is None else max(0, peak - before),
+                parameters=sum(parameter.numel() for parameter in opened.model.parameters()),
+                bytes=opened.file_bytes or state_bytes(opened.model),
+            )
+        )
+    return rows
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak resident size
+        except OSError:
+            return
+
+
+def _memory(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    return _status("VmRSS")
+
+
+def _peak(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return _status("VmHWM")
+
+
+def _status(field: str) -> int | None:
+    if sys.platform != "linux":
+        return None
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def save_figure(figure: object, path: Path) -> None:
+    """Write a matplotlib figure as PNG, whole or not at all."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)  # type: ignore[attr-defined]
