@@ -74,7 +74,7 @@ def _shifted(images: Tensor, shift: int, flip: bool, generator: torch.Generator)
 
 def _resized_crop(images: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
     samples = len(images)
-    images = images.float() / 255 if images.dtype == torch.uint8 else images
+    images = images.float().div_(255) if images.dtype == torch.uint8 else images
     area, aspect, across, down = torch.rand(4, samples, generator=generator)
     area = _AREA[0] + area * (_AREA[1] - _AREA[0])
     low, high = (math.log(value) for value in _ASPECT)

@@ -75,7 +75,9 @@ def load_parquet(spec: DataSpec, task: TaskSpec | None) -> Data:
     names = next((table.names for table in tables.values() if table.names), None)
     classes, labels = label_indices(str(path), [table.labels for table in tables.values()], names)
     parts = {name: _samples(table, own) for (name, table), own in zip(tables.items(), labels, strict=True)}
-    return make_data(spec, options, task, Found(classes, train_share=0.0 if is_test_file else 0.8, **parts))
+    share = 0.0 if is_test_file else 0.8
+    found = Found(classes, parts.get("train"), parts.get("test"), parts.get("whole"), train_share=share)
+    return make_data(spec, options, task, found)
 
 
 def _files(path: Path) -> tuple[list[Path], list[Path], list[Path]]:

@@ -53,7 +53,7 @@ class ImageSplit:
         if generator is not None:
             images = self.augmentation(images, generator)
         if images.dtype == torch.uint8:
-            images = images.float() / 255
+            images = images.float().div_(255)
         return {"image": images, "label": self.labels[torch.as_tensor(indices, dtype=torch.long)]}
 
     def fingerprint(self) -> str:

@@ -17,7 +17,7 @@ from eff.data.images import Encoded, Shape, decode, native_shape
 
 CACHE_BYTES = 2**30
 """Decoded pixels kept by one split; images beyond this are decoded anew in every epoch."""
-_CHUNK = 32  # images one thread decodes at a time; small images cost less than handing them out one by one
+_WORTH_A_THREAD = 2**13  # encoded bytes; smaller images decode faster than threads can take them
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow converts RGB to grey
 
 
@@ -106,7 +106,7 @@ def _resize(images: Tensor, height: int, width: int) -> Tensor:
 
 
 class EncodedStore:
-    """Images as encoded bytes or files; decoded by a few threads, and kept decoded up to `CACHE_BYTES`.
+    """Images as encoded bytes or files; photos are decoded by a few threads; all are kept decoded up to `CACHE_BYTES`.
 
     Args:
         items: encoded images by index; may itself be lazy.
@@ -137,22 +137,18 @@ class EncodedStore:
         """
         if self._cache is None or self._cache.shape != shape:
             self._cache = _Cache(len(self), shape)
-        out = torch.empty((len(indices), *shape), dtype=torch.uint8)
-        missing = self._cache.read(indices, out)
-        chunks = [missing[start : start + _CHUNK] for start in range(0, len(missing), _CHUNK)]
-        if shape[1] * shape[2] * _CHUNK > 2**20:  # photos: hand them out one by one
-            chunks = [[row] for row in missing]
-
+        out, missing = self._cache.read(indices)
         array = out.numpy()
 
-        def work(rows: list[int]) -> None:
-            for row in rows:
-                item = self._order[indices[row]]
-                array[row] = decode(self._items[item], shape, self._name(item))
+        def fill(row: int) -> None:
+            item = self._order[indices[row]]
+            array[row] = decode(self._items[item], shape, self._name(item))
 
-        for _ in _threads(os.getpid()).map(work, chunks) if len(chunks) > 1 else map(work, chunks):
+        in_threads = len(missing) > 1 and self.raw_size(indices[missing[0]]) >= _WORTH_A_THREAD
+        for _ in (_threads(os.getpid()).map if in_threads else map)(fill, missing):
             pass
-        self._cache.write(indices, missing, out)
+        if missing:
+            self._cache.write(indices, missing, out)
         return out
 
     def raw(self, index: int) -> bytes:
@@ -179,13 +175,15 @@ class _Cache:
         self._images = torch.empty((slots, *shape), dtype=torch.uint8)  # the system gives the pages when written
         self._filled = torch.zeros(images, dtype=torch.bool)
 
-    def read(self, indices: Sequence[int], out: Tensor) -> list[int]:
-        """Copy what is here into `out`; return the rows of `out` that are still missing."""
+    def read(self, indices: Sequence[int]) -> tuple[Tensor, list[int]]:
+        """Return a new batch with what is here, and the rows of it that are still to be filled."""
         index = torch.as_tensor(indices, dtype=torch.long)
         here = self._filled[index]
-        out[here] = self._images[index[here]]
-        missing: list[int] = (~here).nonzero().flatten().tolist()
-        return missing
+        if here.all():
+            return self._images[index], []
+        batch = torch.empty((len(index), *self.shape), dtype=torch.uint8)
+        batch[here] = self._images[index[here]]
+        return batch, (~here).nonzero().flatten().tolist()
 
     def write(self, indices: Sequence[int], rows: list[int], images: Tensor) -> None:
         """Keep the given rows of `images` where there is room for them."""

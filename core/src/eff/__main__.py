@@ -1,0 +1,5 @@
+"""`python -m eff`."""
+
+from eff.cli import main
+
+main()

@@ -1,0 +1,216 @@
+"""Commands that make a model: apply, train, compare, demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from eff.cli.app import app
+
+if TYPE_CHECKING:
+    from eff.schemas import Recipe
+
+Data = Annotated[str | None, typer.Option("--data", help="Data source: digits, folder:PATH, PATH.parquet, hf:ID, PATH.npz; ?train=N&test=N&seed=N.")]
+Arch = Annotated[str | None, typer.Option("--arch", help="Architecture for a bare state dict, e.g. zoo:cifar_resnet20.")]
+Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the training data; 0 trains nothing.")]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Samples per step.")]
+LearningRate = Annotated[float | None, typer.Option("--lr", help="Initial learning rate.")]
+Optimizer = Annotated[str | None, typer.Option("--optimizer", help="sgd, adam, adamw, or one an extension adds.")]
+Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")]
+PrecisionOption = Annotated[str | None, typer.Option("--precision", help="fp32, bf16 or fp16.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Run folder for the results.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the results in --out.")]
+TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help="Load pickled code. Only for files you made yourself.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+def changed_recipe(recipe: Recipe, train: dict[str, Any], **changes: Any) -> Recipe:
+    """Return the recipe with what the command line sets put over it; all faults are reported together."""
+    from pydantic import ValidationError
+
+    from eff.errors import ConfigError, RequestError, raise_problems
+    from eff.schemas import Recipe as RecipeSchema
+
+    content = recipe.model_dump(mode="json", exclude_unset=True)
+    content |= {key: value for key, value in changes.items() if value is not None}
+    content["train"] = {**content.get("train", {}), **{key: value for key, value in train.items() if value is not None}}
+    try:
+        return RecipeSchema.model_validate(content)
+    except ValidationError as error:
+        faults: list[RequestError] = [
+            ConfigError(f"--{str(fault['loc'][-1]).replace('_', '-')}: {fault['msg'][0].lower()}{fault['msg'][1:]}, got {fault['input']!r}")
+            for fault in error.errors()
+        ]
+        raise_problems(faults)
+        raise
+
+
+@app.command()
+def apply(
+    methods: Annotated[str | None, typer.Argument(metavar="METHOD[,METHOD...]", help="Methods in the order they are applied.")] = None,
+    model: Annotated[str | None, typer.Argument(help="A model file, a run folder, or a source such as zoo:digits_cnn.")] = None,
+    option: Annotated[list[str] | None, typer.Option("-o", "--option", help="Option of a method: name=value, or method.name=value.")] = None,
+    data: Data = None,
+    arch: Arch = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    lr: LearningRate = None,
+    optimizer: Optimizer = None,
+    device: Device = None,
+    precision: PrecisionOption = None,
+    seed: Seed = None,
+    export: Annotated[list[str] | None, typer.Option("--export", help="Formats to write; unset: the method's own.")] = None,
+    out: Out = None,
+    recipe: Annotated[Path | None, typer.Option("--recipe", help="Repeat the run of a recipe.yaml; other options go over it.")] = None,
+    resume: Annotated[Path | None, typer.Option("--resume", help="Go on with the interrupted run in this folder.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the recipe and the plan; touch nothing.")] = False,
+    force: Force = False,
+    trust_pickle: TrustPickle = False,
+    as_json: AsJson = False,
+) -> None:
+    """Apply methods to a model: measure, change, train, measure, export, report.
+
+    Example: eff apply quant_lsq model.pt -o weight_bits=3 --epochs 4
+    """
+    from eff import runner
+    from eff.errors import RequestError
+    from eff.options import split_assignments
+    from eff.schemas import Recipe
+
+    if resume is not None:
+        if methods or model or recipe or option:
+            raise RequestError("--resume takes everything from the run folder; give it alone")
+        _run_and_print(lambda log: (runner.resume(resume, log=log), resume), as_json)
+        return
+    base = runner.read_recipe(recipe) if recipe else None
+    if base is None and (methods is None or model is None):
+        raise RequestError("name the methods and the model, e.g. eff apply quant_lsq model.pt, or give --recipe")
+    if base is None:
+        assert model is not None
+        base = Recipe(model=model)
+    content: dict[str, Any] = {}
+    if methods is not None:
+        names = [name for name in methods.split(",") if name]
+        content["methods"] = [{"name": name} for name in names]
+    names = [use["name"] for use in content.get("methods", [use.model_dump() for use in base.methods])]
+    if option:
+        given = split_assignments(option, names)
+        known = {use.name: use.options for use in base.methods}
+        content["methods"] = [{"name": name, "options": {**known.get(name, {}), **given[name]}} for name in names]
+    full = changed_recipe(
+        base, {"epochs": epochs, "batch_size": batch_size, "lr": lr, "optimizer": optimizer},
+        model=model, data=data, arch=arch, device=device, precision=precision, seed=seed,
+        export=export, trust_pickle=trust_pickle or None, **content,
+    )  # fmt: skip
+    if not full.methods:
+        raise RequestError("no method named; eff list-plugins shows what is installed")
+    folder = out or runner.default_out(full.model, full.methods)
+    if dry_run:
+        plan = runner.make_plan(full)
+        shown = full.model_copy(update={"train": plan.train})
+        typer.echo(runner.recipe_text(shown) + "# plan")
+        for number, line in enumerate(plan.steps(), 1):
+            typer.echo(f"#  {number}. {line}")
+        typer.echo(f"# results go to {folder}")
+        return
+    _run_and_print(lambda log: (runner.apply(full, folder, force=force, log=log), folder), as_json)
+
+
+def _run_and_print(work: Any, as_json: bool) -> None:
+    from eff.cli.show import print_json, print_report
+    from eff.log import TerminalLog
+
+    report, folder = work(TerminalLog(quiet=as_json))
+    if as_json:
+        print_json(report)
+    else:
+        print_report(report, str(folder))
+
+
+@app.command()
+def train(
+    arch: Annotated[str, typer.Argument(help="Model source, e.g. zoo:digits_cnn or package.module:factory.")],
+    data: Annotated[str, typer.Option("--data", help="Data source: digits, folder:PATH, PATH.parquet, hf:ID, PATH.npz.")],
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    lr: LearningRate = None,
+    optimizer: Optimizer = None,
+    device: Device = None,
+    precision: PrecisionOption = None,
+    seed: Seed = None,
+    export: Annotated[list[str] | None, typer.Option("--export", help="Formats to write besides model.pt.")] = None,
+    out: Out = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a plain model and write model.pt.
+
+    Example: eff train zoo:digits_cnn --data digits --out digits
+    """
+    from eff import runner
+    from eff.schemas import Recipe
+
+    full = changed_recipe(
+        Recipe(model=arch), {"epochs": epochs, "batch_size": batch_size, "lr": lr, "optimizer": optimizer},
+        data=data, device=device, precision=precision, seed=seed, export=export,
+    )  # fmt: skip
+    folder = out or runner.default_out(arch, ())
+    _run_and_print(lambda log: (runner.apply(full, folder, force=force, log=log), folder), as_json)
+
+
+@app.command()
+def compare(
+    settings: Annotated[list[str], typer.Argument(metavar="METHOD[:name=value...]... MODEL", help="Settings, then the model.")],
+    data: Data = None,
+    arch: Arch = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    lr: LearningRate = None,
+    device: Device = None,
+    seed: Seed = None,
+    out: Out = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Put one model through several methods or settings; a table and a plot of quality against size.
+
+    Example: eff compare quant_lsq quant_lsq:weight_bits=2:act_bits=2 model.pt
+    """
+    from eff.cli.show import measurement_rows, print_json, print_table
+    from eff.compare import compare as run_comparison
+    from eff.errors import RequestError
+    from eff.log import TerminalLog
+    from eff.schemas import Recipe
+
+    *methods, model = settings
+    if not methods:
+        raise RequestError("name at least one method and the model, e.g. eff compare quant_lsq model.pt")
+    recipe = changed_recipe(
+        Recipe(model=model), {"epochs": epochs, "batch_size": batch_size, "lr": lr},
+        data=data, arch=arch, device=device, seed=seed,
+    )  # fmt: skip
+    folder = out or Path("comparison")
+    result = run_comparison(methods, recipe, folder, force=force, log=TerminalLog(quiet=as_json))
+    if as_json:
+        print_json(result)
+        return
+    rows = measurement_rows([row.measured for row in result.rows])
+    print_table("", ["", *(row.setting for row in result.rows)], rows, right=range(1, len(result.rows) + 1))
+    typer.echo(f"  {folder}/compare.png, {folder}/compare.json")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder for the demo's files.")] = Path("eff-demo"),
+    force: Force = False,
+) -> None:
+    """Train a small classifier on real digits, quantize it to 4 bits, show before and after.
+
+    Example: eff demo
+    """
+    from eff.demo import run_demo
+
+    run_demo(out, force)

@@ -1,0 +1,113 @@
+"""Tables and JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from eff.schemas import ClaimResult, Measurement, Metric, Report
+
+
+def print_json(value: Any) -> None:
+    """Print a JSON value; pydantic models and lists of them too."""
+    if hasattr(value, "model_dump"):
+        value = value.model_dump(mode="json")
+    elif isinstance(value, (list, tuple)):
+        value = [item.model_dump(mode="json") if hasattr(item, "model_dump") else item for item in value]
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> None:
+    """Print a table; columns whose index is in `right` are right-aligned."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="right" if index in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    Console().print(table)
+
+
+def size_text(count: int | None) -> str:
+    """Return bytes for people: 17.2 KiB."""
+    if count is None:
+        return "-"
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    raise AssertionError("unreachable")
+
+
+def metric_text(metric: Metric | None) -> str:
+    """Return a metric with its unit."""
+    if metric is None:
+        return "-"
+    number = f"{metric.value:.2f}" if abs(metric.value) >= 1 or metric.value == 0 else f"{metric.value:.3g}"
+    return f"{number} {metric.unit}".rstrip()
+
+
+def measurement_rows(columns: Sequence[Measurement | None]) -> list[list[str]]:
+    """Return one row per metric, then size, parameters and latency, with a column per measurement."""
+    names: dict[str, None] = {}
+    for measured in columns:
+        names |= dict.fromkeys(measured.metrics.values if measured else ())
+    rows = [[name.replace("_", " "), *(metric_text(m.metrics.values.get(name)) if m else "-" for m in columns)] for name in names]
+    rows.append(["file to ship", *(size_text(m.bytes) if m else "-" for m in columns)])
+    rows.append(["parameters", *(f"{m.parameters:,}" if m else "-" for m in columns)])
+    rows.append(["latency, 1 sample", *(f"{m.latency_ms:.2f} ms" if m and m.latency_ms else "-" for m in columns)])
+    return rows
+
+
+def _change(name: str, before: Measurement, after: Measurement) -> str:
+    old, new = before.metrics.values.get(name), after.metrics.values.get(name)
+    if old is None or new is None:
+        return ""
+    return f"{new.value - old.value:+.2f}" if abs(new.value - old.value) >= 0.005 else f"{new.value - old.value:+.2g}"
+
+
+def print_report(report: Report, folder: str) -> None:
+    """Print the before/after table of a run and where its files are."""
+    after = report.after
+    assert after is not None
+    names = ", ".join(method.name for method in report.methods) or "training"
+    if report.before is None:
+        print_table(names, ["", "result"], measurement_rows([after]), right=(1,))
+    else:
+        rows = measurement_rows([report.before, after])
+        changes = [_change(row[0].replace(" ", "_"), report.before, after) for row in rows]
+        ratio = report.before.bytes / max(1, after.bytes)
+        changes[-3] = f"{ratio:.1f}x smaller" if ratio >= 1 else f"{1 / ratio:.1f}x larger"
+        print_table(names, ["", "before", "after", "change"], [[*row, change] for row, change in zip(rows, changes, strict=True)], right=(1, 2, 3))
+    for artifact in report.artifacts:
+        agreement = artifact.details.get("agreement")
+        note = f", agrees with the model on {100 * agreement:.1f} % of {artifact.details.get('samples')} samples" if isinstance(agreement, float) else ""
+        typer.echo(f"  {folder}/{artifact.path}  {size_text(artifact.bytes)} ({artifact.format}{note})")
+    typer.echo(f"  {folder}/report.json, {folder}/recipe.yaml  ({report.seconds:.1f} s on {report.device})")
+
+
+def print_claims(results: Sequence[ClaimResult]) -> None:
+    """Print all claims in one table, then what each setting measured."""
+    rows: list[list[object]] = []
+    for result in results:
+        for check in result.checks:
+            spread = f" ± {check.spread:.2f}" if check.spread is not None else ""
+            verdict = "holds" if check.holds else "DOES NOT HOLD"
+            rows.append([result.plugin, result.id, check.check, f"{check.left:.2f}", f"{check.right:.2f}", f"{check.gap:+.2f}{spread}", verdict])
+    print_table("claims", ["plugin", "claim", "check", "left", "right", "gap", "verdict"], rows, right=(3, 4, 5))
+    for result in results:
+        typer.echo(f"{result.plugin} {result.id}: {result.statement}")
+        for name, values in result.measured.items():
+            mean = sum(values) / len(values)
+            typer.echo(f"  {name:<14} {mean:8.2f} {result.unit}   per seed: {', '.join(f'{value:.2f}' for value in values)}")
+        typer.echo(f"  paper: {result.paper}")
+        typer.echo(f"  {len(result.seeds)} seeds, {result.seconds:.0f} s")
