@@ -144,12 +144,16 @@ class EncodedStore:
             item = self._order[indices[row]]
             array[row] = decode(self._items[item], shape, self._name(item))
 
-        in_threads = len(missing) > 1 and self.raw_size(indices[missing[0]]) >= _WORTH_A_THREAD
+        in_threads = len(missing) > 1 and self._is_large(indices[missing[0]])
         for _ in (_threads(os.getpid()).map if in_threads else map)(fill, missing):
             pass
         if missing:
             self._cache.write(indices, missing, out)
         return out
+
+    def _is_large(self, index: int) -> bool:
+        item = self._items[self._order[index]]
+        return isinstance(item, Path) or len(item) >= _WORTH_A_THREAD
 
     def raw(self, index: int) -> bytes:
         """Return the encoded bytes of one image."""

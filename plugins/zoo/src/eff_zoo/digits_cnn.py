@@ -1,0 +1,47 @@
+"""A CNN for the 8 x 8 digits of scikit-learn: large enough to learn them, small enough to train in seconds.
+
+    image (1, 8, 8) -> conv 8 -> conv 16, stride 2 -> conv 16 -> mean over positions -> linear
+
+No paper; each convolution is 3 x 3 without bias, followed by batch normalisation and ReLU.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from eff_zoo.options import Field, ZooOptions
+
+
+class DigitsCNNOptions(ZooOptions):
+    """Options of zoo:digits_cnn."""
+
+    in_channels: int = Field(1, ge=1, description="Channels of the images; unset: the task's.")
+
+
+class DigitsCNN(nn.Module):
+    """Three convolutions and a linear layer."""
+
+    def __init__(self, options: DigitsCNNOptions):
+        super().__init__()
+        self.conv1 = nn.Conv2d(options.in_channels, 8, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(16)
+        self.relu2 = nn.ReLU()
+        self.conv3 = nn.Conv2d(16, 16, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(16)
+        self.relu3 = nn.ReLU()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.linear = nn.Linear(16, options.num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return logits (N, num_classes) of images (N, in_channels, H, W)."""
+        features = self.relu1(self.bn1(self.conv1(image)))
+        features = self.relu2(self.bn2(self.conv2(features)))
+        features = self.relu3(self.bn3(self.conv3(features)))
+        logits: Tensor = self.linear(self.pool(features).flatten(1))
+        return logits
