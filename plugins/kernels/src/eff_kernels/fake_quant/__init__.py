@@ -1,0 +1,68 @@
+"""Fake quantization with a learned step and the clip-then-round gradients of LSQ and LSQ+.
+
+    u = (x - beta) / s,   x_hat = round(clip(u, q_min, q_max)) * s + beta
+
+(Esser et al., ICLR 2020, eqs. 1-2; the offset beta is Bhalgat et al., CVPR workshops 2020, eq. 6.)
+Memory bound: forward reads x once and writes it once; backward reads x and the gradient, writes one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from eff_kernels.fake_quant import library
+
+__all__ = ["fake_quant"]
+
+
+def fake_quant(
+    x: Tensor,
+    scale: Tensor,
+    q_min: int,
+    q_max: int,
+    *,
+    offset: Tensor | None = None,
+    axis: int | None = None,
+    grad_scale: float = 1.0,
+) -> Tensor:
+    """Return `x` rounded (half to even) to `scale` times a level in [q_min, q_max], plus `offset`.
+
+    Backward, with upstream gradient G: to x, G where q_min <= u <= q_max, else 0; to the scale,
+    `grad_scale * sum(G * r)` with r = round(u) - u strictly inside the range, q_min where
+    u <= q_min, q_max where u >= q_max; to the offset, `grad_scale` times the sum of G outside.
+    The clip is seen before the rounding: torch's `_fake_quantize_learnable_*` masks the rounded
+    value instead, which differs within half a step of the borders.
+
+    Args:
+        x: values, any shape; float16, bfloat16, float32 or float64.
+        scale: the step, > 0 (not checked: that would wait for the device). Shape () or, with
+            `axis`, (x.shape[axis],). Computed in float32 (float64 for float64 `x`).
+        q_min: smallest level.
+        q_max: largest level, above `q_min`.
+        offset: the LSQ+ offset, same shape as `scale`, in the unit of `x`; None is 0.
+        axis: dimension of `x` that has a scale per index; None is one scale for the tensor.
+        grad_scale: factor on the gradients of scale and offset (LSQ's g).
+
+    Returns:
+        Tensor like `x`. NaN in `x` stays NaN, gets gradient 0 and makes the scale's gradient NaN.
+
+    Raises:
+        TypeError: `x` is not floating point.
+        ValueError: the range is empty, the axis does not exist, or a shape does not fit.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"fake_quant needs a floating-point tensor, got {x.dtype}")
+    if q_min >= q_max:
+        raise ValueError(f"q_min must be below q_max, got {q_min} and {q_max}")
+    if axis is not None and not -x.ndim <= axis < x.ndim:
+        raise ValueError(f"axis {axis} does not exist in a tensor of {x.ndim} dimensions")
+    wanted = () if axis is None else (x.shape[axis],)
+    for name, value in (("scale", scale), ("offset", offset)):
+        if value is not None and tuple(value.shape) != wanted:
+            raise ValueError(f"{name} must have shape {wanted}, got {tuple(value.shape)}")
+    dim = -1 if axis is None else axis % x.ndim
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    beta = None if offset is None else offset.to(wide)
+    result: Tensor = library.fake_quant_op(x, scale.to(wide), beta, q_min, q_max, dim, grad_scale)
+    return result

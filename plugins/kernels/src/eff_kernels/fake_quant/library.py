@@ -1,0 +1,72 @@
+"""fake_quant as torch operators: eff::fake_quant and eff::fake_quant_backward."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eff_kernels.dispatch import choose
+
+
+def implementation(x: Tensor) -> ModuleType:
+    """Return the module that runs for this tensor: reference, cpu or triton_kernel."""
+    path = choose(x.device, x.dtype).path
+    if path == "triton":
+        from eff_kernels.fake_quant import triton_kernel
+
+        return triton_kernel
+    if path == "cpu":
+        from eff_kernels.fake_quant import cpu
+
+        return cpu
+    from eff_kernels.fake_quant import reference
+
+    return reference
+
+
+@torch.library.custom_op("eff::fake_quant", mutates_args=())
+def fake_quant_op(
+    x: Tensor, scale: Tensor, offset: Tensor | None, q_min: int, q_max: int, dim: int, grad_scale: float
+) -> Tensor:
+    """Forward; `dim` -1 is one scale for the tensor."""
+    result: Tensor = implementation(x).forward(x, scale, offset, q_min, q_max, dim)
+    return result
+
+
+@fake_quant_op.register_fake
+def _(x: Tensor, scale: Tensor, offset: Tensor | None, q_min: int, q_max: int, dim: int, grad_scale: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("eff::fake_quant_backward", mutates_args=())
+def fake_quant_backward_op(
+    grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor | None, q_min: int, q_max: int, dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, scale and offset; the last two before `grad_scale`."""
+    d_x, d_scale, d_offset = implementation(x).backward(grad, x, scale, offset, q_min, q_max, dim)
+    return d_x, d_scale, d_offset
+
+
+@fake_quant_backward_op.register_fake
+def _(
+    grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor | None, q_min: int, q_max: int, dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(scale), torch.empty_like(scale)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, scale, offset, ctx.q_min, ctx.q_max, ctx.dim, ctx.grad_scale = inputs
+    ctx.save_for_backward(x, scale, offset)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, scale, offset = ctx.saved_tensors
+    d_x, d_scale, d_offset = fake_quant_backward_op(grad, x, scale, offset, ctx.q_min, ctx.q_max, ctx.dim)
+    g = ctx.grad_scale
+    return d_x, d_scale * g, (None if offset is None else d_offset * g), None, None, None, None
+
+
+fake_quant_op.register_autograd(_backward, setup_context=_setup_context)

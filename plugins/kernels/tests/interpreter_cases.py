@@ -1,0 +1,57 @@
+"""Triton kernels in the interpreter against the reference; run by test_kernels_triton.py in a process
+of its own, because TRITON_INTERPRET must be set before triton is imported."""
+
+import pytest
+import torch
+from eff_kernels.fake_quant import reference, triton_kernel
+
+# float32 sums of up to 5000 terms in another order; half dtypes round the stored values.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+def compare(x, g, scale, offset, dim):
+    arguments = (scale, offset, -8, 7, dim)
+    torch.testing.assert_close(triton_kernel.forward(x, *arguments), reference.forward(x, *arguments), rtol=1e-6, atol=1e-6, equal_nan=True)
+    own, other = triton_kernel.backward(g, x, *arguments), reference.backward(g, x, *arguments)
+    tolerance = TOLERANCE[x.dtype]
+    torch.testing.assert_close(own[0], other[0])
+    torch.testing.assert_close(own[1], other[1], rtol=tolerance, atol=tolerance)
+    if offset is not None:
+        torch.testing.assert_close(own[2], other[2], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("size", [0, 1, 1023, 1024, 1025, 5000])
+def test_per_tensor(dtype, size):
+    generator = torch.Generator().manual_seed(size)
+    x, g = (torch.randn(size, generator=generator).to(dtype) for _ in range(2))
+    compare(x, g, torch.tensor(0.2), None, -1)
+
+
+@pytest.mark.parametrize("with_offset", [False, True])
+@pytest.mark.parametrize(("shape", "dim"), [((3, 700), 0), ((2, 3, 5), 1), ((4, 7), 1), ((1, 1030, 2), 1), ((5,), 0)])
+def test_per_channel(shape, dim, with_offset):
+    generator = torch.Generator().manual_seed(0)
+    x, g = (torch.randn(shape, generator=generator) for _ in range(2))
+    scale = 0.1 + torch.rand(shape[dim], generator=generator)
+    offset = torch.randn(shape[dim], generator=generator) if with_offset else None
+    compare(x, g, scale, offset, dim)
+
+
+def test_ties_extremes_and_nan():
+    x = torch.tensor([0.5, 1.5, -0.5, -1.5, 2.5, 7.0, -8.0, 1e30, -1e30, float("inf"), float("-inf"), float("nan")])
+    found = triton_kernel.forward(x, torch.tensor(1.0), None, -8, 7, -1)
+    assert found[:-1].tolist() == [0, 2, 0, -2, 2, 7, -8, 7, -8, 7, -8]
+    assert found[-1].isnan()
+
+
+def test_non_contiguous_input():
+    x = torch.randn(40, 30, generator=torch.Generator().manual_seed(0)).t()
+    compare(x, torch.ones_like(x), torch.full((30,), 0.3), None, 0)
+
+
+def test_the_reduction_repeats_bit_for_bit():
+    generator = torch.Generator().manual_seed(0)
+    x, g = (torch.randn(10_000, generator=generator) for _ in range(2))
+    first, second = (triton_kernel.backward(g, x, torch.tensor(0.1), None, -8, 7, -1)[1] for _ in range(2))
+    assert torch.equal(first, second)

@@ -1,0 +1,173 @@
+"""fake_quant against hand-worked numbers, autograd of the paper's detach form, and a float64 loop."""
+
+import numpy as np
+import pytest
+import torch
+from eff_kernels.dispatch import choose
+from eff_kernels.fake_quant import cpu, fake_quant, reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+PATHS = ["reference", "cpu"]
+
+
+def detach_form(x, scale, q_min, q_max, offset, grad_scale, shape):
+    """The card's autograd formulation."""
+    s = scale.view(shape)
+    s = (s - s * grad_scale).detach() + s * grad_scale
+    beta = offset.view(shape)
+    beta = (beta - beta * grad_scale).detach() + beta * grad_scale
+    clipped = ((x - beta) / s).clamp(q_min, q_max)
+    return ((clipped.round() - clipped).detach() + clipped) * s + beta
+
+
+@pytest.fixture(params=PATHS)
+def path(request, monkeypatch):
+    monkeypatch.setenv("EFF_KERNELS", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize(
+    ("v", "value", "dv", "ds"),
+    # below, above, inside, inside, tie to even, on the upper border, on the lower border
+    [(-9.0, -8, 0, -8), (9.0, 7, 0, 7), (0.3, 0, 1, -0.3), (2.6, 3, 1, 0.4), (2.5, 2, 1, -0.5), (7.0, 7, 1, 7), (-8.0, -8, 1, -8)],
+)
+def test_values_and_gradients_are_those_of_the_paper(path, v, value, dv, ds):
+    x = torch.tensor(v, requires_grad=True)
+    s = torch.tensor(1.0, requires_grad=True)
+    out = fake_quant(x, s, -8, 7)
+    out.backward()
+    assert out.item() == value
+    assert x.grad.item() == dv
+    assert s.grad.item() == pytest.approx(ds)
+
+
+def test_a_value_just_beyond_the_clip_gets_no_gradient(path):
+    """torch's learnable op masks the rounded value and lets 7.4 pass."""
+    x = torch.tensor(7.4, requires_grad=True)
+    fake_quant(x, torch.tensor(1.0), -8, 7).backward()
+    assert x.grad.item() == 0.0
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1, 2, -1])
+@pytest.mark.parametrize("with_offset", [False, True])
+def test_gradients_equal_autograd_of_the_detach_form(path, axis, with_offset):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 5, 6, dtype=torch.float64, generator=generator)
+    channels = 1 if axis is None else x.shape[axis]
+    shape = [1, 1, 1]
+    if axis is not None:
+        shape[axis] = channels
+    scale = 0.1 + torch.rand(channels, dtype=torch.float64, generator=generator)
+    offset = torch.randn(channels, dtype=torch.float64, generator=generator) if with_offset else torch.zeros(channels, dtype=torch.float64)
+    upstream = torch.randn(x.shape, dtype=torch.float64, generator=generator)
+    mine = [t.clone().requires_grad_() for t in (x, scale, offset)]
+    theirs = [t.clone().requires_grad_() for t in (x, scale, offset)]
+    own_shape = (lambda t: t.reshape(())) if axis is None else (lambda t: t)
+    out = fake_quant(mine[0], own_shape(mine[1]), -4, 3, offset=own_shape(mine[2]) if with_offset else None, axis=axis, grad_scale=0.3)
+    expected = detach_form(theirs[0], theirs[1], -4, 3, theirs[2], 0.3, shape)
+    torch.testing.assert_close(out, expected)
+    out.backward(upstream)
+    expected.backward(upstream)
+    pairs = list(zip(mine, theirs, strict=True))[: 3 if with_offset else 2]
+    for own, other in pairs:
+        torch.testing.assert_close(own.grad, other.grad)
+
+
+def test_values_equal_a_float64_loop(path):
+    x = torch.linspace(-3, 3, 101, dtype=torch.float64)
+    expected = [float(np.rint(min(max(v / 0.37, -4), 3)) * 0.37) for v in x.tolist()]
+    torch.testing.assert_close(fake_quant(x, torch.tensor(0.37, dtype=torch.float64), -4, 3), torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("size", [0, 1, 1023, 1025])
+def test_cpu_path_equals_the_reference_exactly(dtype, size):
+    generator = torch.Generator().manual_seed(1)
+    x, g = (torch.randn(size, generator=generator).to(dtype) for _ in range(2))
+    s = torch.tensor(0.3, dtype=reference.wide_dtype(x))
+    assert torch.equal(cpu.forward(x, s, None, -8, 7, -1), reference.forward(x, s, None, -8, 7, -1))
+    for own, other in zip(cpu.backward(g, x, s, s * 0.1, -8, 7, -1), reference.backward(g, x, s, s * 0.1, -8, 7, -1), strict=True):
+        torch.testing.assert_close(own, other)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    values=st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=20),
+    scale=st.floats(0.01, 10, width=32),
+    bits=st.integers(2, 8),
+    signed=st.booleans(),
+)
+def test_levels_are_bounded_integers_and_quantizing_twice_changes_nothing(values, scale, bits, signed):
+    q_min, q_max = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    x, s = torch.tensor(values), torch.tensor(scale)
+    once = fake_quant(x, s, q_min, q_max)
+    levels = once / s
+    torch.testing.assert_close(levels, levels.round(), atol=1e-3, rtol=0)  # float32 division of up to 255 levels
+    assert levels.min() >= q_min - 1e-3 and levels.max() <= q_max + 1e-3
+    assert torch.equal(fake_quant(once, s, q_min, q_max), once)
+
+
+def test_nan_stays_and_gets_no_gradient(path):
+    x = torch.tensor([float("nan"), 1.0], requires_grad=True)
+    s = torch.tensor(1.0, requires_grad=True)
+    out = fake_quant(x, s, -8, 7)
+    out.sum().backward()
+    assert out[0].isnan() and out[1] == 1.0
+    assert x.grad.tolist() == [0.0, 1.0]
+    assert s.grad.isnan()
+
+
+def test_inputs_are_not_written_to(path):
+    x, s = torch.randn(100), torch.tensor(0.1)
+    kept = x.clone()
+    fake_quant(x.requires_grad_(), s.requires_grad_(), -8, 7).sum().backward()
+    assert torch.equal(x, kept) and s.item() == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("axis", [None, 1])
+def test_opcheck_accepts_the_registration(axis):
+    x = torch.randn(2, 3, 4, requires_grad=True)
+    s = torch.rand(() if axis is None else (3,)) + 0.1
+    args = (x, s.requires_grad_(), None, -8, 7, -1 if axis is None else axis, 0.5)
+    torch.library.opcheck(torch.ops.eff.fake_quant.default, args)
+
+
+def test_it_compiles_into_one_graph():
+    def loss(x, s):
+        return (fake_quant(x, s, -8, 7, grad_scale=0.5) ** 2).sum()
+
+    x, s = torch.randn(8, 8, requires_grad=True), torch.tensor(0.2, requires_grad=True)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    compiled(x, s).backward()
+    found = x.grad.clone(), s.grad.clone()
+    x.grad = s.grad = None
+    loss(x, s).backward()
+    torch.testing.assert_close(found, (x.grad, s.grad))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q_min": 3, "q_max": 3}, "q_min must be below q_max, got 3 and 3"),
+        ({"axis": 5}, "axis 5 does not exist in a tensor of 2 dimensions"),
+        ({"scale": torch.ones(2)}, r"scale must have shape \(\), got \(2,\)"),
+        ({"axis": 1, "scale": torch.ones(2)}, r"scale must have shape \(3,\), got \(2,\)"),
+        ({"offset": torch.ones(2)}, r"offset must have shape \(\), got \(2,\)"),
+    ],
+)
+def test_wrong_arguments_are_named(change, message):
+    arguments = {"x": torch.ones(2, 3), "scale": torch.tensor(1.0), "q_min": -8, "q_max": 7, **change}
+    with pytest.raises(ValueError, match=message):
+        fake_quant(**arguments)
+
+
+def test_integers_are_refused():
+    with pytest.raises(TypeError, match="floating-point tensor, got torch.int64"):
+        fake_quant(torch.ones(2, dtype=torch.int64), torch.tensor(1.0), -8, 7)
+
+
+def test_an_unknown_path_is_refused(monkeypatch):
+    monkeypatch.setenv("EFF_KERNELS", "fast")
+    with pytest.raises(ValueError, match="EFF_KERNELS is 'fast'; it must be one of auto, reference, cpu, triton"):
+        choose(torch.device("cpu"), torch.float32)
