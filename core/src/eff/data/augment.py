@@ -4,7 +4,7 @@
     colour, shorter side 128 or more        random resized crop, horizontal flip
     colour, smaller                         random shift (zero padding, random crop), horizontal flip
     grey                                    random shift
-    digits                                  random shift
+    the source `digits`                     none
 
 A shift is at most 4 px from 32 px on, and an eighth of the side below (1 px for 8 x 8). Grey images
 are often characters or scans, for which left and right matter: they are never flipped.

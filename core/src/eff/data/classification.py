@@ -51,7 +51,7 @@ class Found:
         test: the test samples, where the source has splits.
         whole: all samples, where it has none.
         train_share: share of `whole` that trains when no option says otherwise.
-        flips: whether left and right may be swapped; None: where the images have colour.
+        augmentation: of training images; None: the standard one for their shape and colour.
         by_index: the labels are output indices of the model and are not to be matched by name.
     """
 
@@ -60,7 +60,7 @@ class Found:
     test: Labelled | None = None
     whole: Labelled | None = None
     train_share: float = 0.8
-    flips: bool | None = None
+    augmentation: Augmentation | None = None
     by_index: bool = False
 
 
@@ -88,8 +88,7 @@ def make_data(spec: DataSpec, options: ImageOptions, task: TaskSpec | None, foun
     assert first is not None  # _split refuses to return nothing
     native = _native_shape([part for part in (train, test) if part is not None], options.seed)
     shape = _shape_from(wanted.get("input_shape")) or (native[0], *(options.size or native[1:]))
-    flips = native[0] > 1 if found.flips is None else found.flips
-    augmentation = Augmentation.standard(shape, flips)
+    augmentation = found.augmentation or Augmentation.standard(shape, flip=native[0] > 1)
     train_split, test_split = (
         None if part is None else ImageSplit(part.images, part.labels, shape, augmentation) for part in (train, test)
     )

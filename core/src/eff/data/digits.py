@@ -1,7 +1,8 @@
 """Source `digits`: the 1797 handwritten digits of scikit-learn, 8 x 8, grey; 60 % train, 40 % test.
 
 The UCI "Optical Recognition of Handwritten Digits" test set (Alpaydin and Kaynak, 1998), stratified
-and split by `seed`. Nothing is downloaded.
+and split by `seed`. Nothing is downloaded. Training uses the digits as they are: they fill their frame, and
+a shift by one pixel cuts strokes off (it cost `zoo:digits_cnn` 0.3 points of accuracy, a small ViT far more).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from eff.data import Data
+from eff.data.augment import Augmentation
 from eff.data.classification import Found, Labelled, make_data
 from eff.data.options import ImageOptions, read_options
 from eff.data.stores import ArrayStore
@@ -37,4 +39,5 @@ def load_digits(spec: DataSpec, task: TaskSpec | None) -> Data:
     images = torch.as_tensor(bunch.images, dtype=torch.float32)[:, None] / _LEVELS
     whole = Labelled(ArrayStore(images), torch.as_tensor(bunch.target, dtype=torch.long))
     classes = tuple(str(digit) for digit in range(10))
-    return make_data(spec, options, task, Found(classes=classes, whole=whole, train_share=0.6, flips=False))
+    found = Found(classes, whole=whole, train_share=0.6, augmentation=Augmentation())
+    return make_data(spec, options, task, found)

@@ -65,7 +65,7 @@ def load_parquet(spec: DataSpec, task: TaskSpec | None) -> Data:
         import pyarrow.parquet  # type: ignore[import-untyped,unused-ignore]  # noqa: F401
     except ImportError as error:
         raise MissingDependencyError(
-            f"data '{spec}' needs pyarrow, which is not installed; pip install 'eff-core[parquet]'"
+            f"data '{spec}' needs pyarrow, which is not installed; pip install 'eff-core[hub]'"
         ) from error
     train, test, whole = _files(path)
     is_test_file = path.is_file() and path.name.startswith(_TEST_PREFIXES)

@@ -43,14 +43,11 @@ def build(spec: ModelSpec, run: Run) -> nn.Module:
     """Return the model of a spec; initial weights are a function of the run's seed and the source.
 
     Options that the spec leaves out and the task knows (num_classes, in_channels, image_size) come
-    from the task. A run that restores a checkpoint loads no pretrained weights.
+    from the task.
     """
-    given = dict(spec.options)
-    if run.restoring:
-        given.pop("pretrained", None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(run.seed, f"build_model/{spec.source}"))
-        return _make(spec.name, given, _task_options(run))
+        return _make(spec.name, dict(spec.options), _task_options(run))
 
 
 def make_model(name: str, **options: Any) -> nn.Module:

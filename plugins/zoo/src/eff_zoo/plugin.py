@@ -17,7 +17,7 @@ class Zoo(Extension):
 
     schemes = ("zoo",)
     models = {
-        "zoo:digits_cnn": "3 convolutions and a linear layer for 8 x 8 grey images; 3.8 k parameters",
+        "zoo:digits_cnn": "3 convolutions and a linear layer for 8 x 8 grey images; 4.3 k parameters",
         "zoo:cifar_resnet20": "ResNet-20 for 32 x 32 images (He et al., CVPR 2016); 0.27 M parameters",
         "zoo:cifar_resnet32": "ResNet-32 for 32 x 32 images (He et al., CVPR 2016); 0.46 M parameters",
         "zoo:cifar_resnet44": "ResNet-44 for 32 x 32 images (He et al., CVPR 2016); 0.66 M parameters",

@@ -1,0 +1,3 @@
+"""What quantization methods share."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,91 @@
+"""The packed file: weights as bit-packed integers in safetensors, everything else as it is.
+
+Per packed weight the header's details hold bits, smallest level, shape and channel axis; the scale
+is the weight quantizer's own. Batch-norm counters are kept, so the file restores the whole model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from eff.checkpoint import header_metadata
+from eff.exporting import make_header
+from eff.run import Run
+from torch import Tensor, nn
+
+from eff_quant_kit.layers import quant_layers
+from eff_quant_kit.packing import pack_bits, unpack_bits
+from eff_quant_kit.quantizer import Quantizer
+
+ENCODING = "quant-packed"
+
+
+def pack_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors of the packed file and the details that `unpack_state` needs."""
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    details: dict[str, Any] = {}
+    for name, layer in quant_layers(model).items():
+        quantizer = layer.weight_quantizer
+        if quantizer is None:
+            continue
+        key = f"{name}.layer.weight"
+        weight = state[key]
+        codes = quantizer.levels(layer.layer.weight).cpu() - quantizer.q_min  # type: ignore[arg-type]
+        state[key] = pack_bits(codes, quantizer.bits)
+        details[key] = {
+            "bits": quantizer.bits,
+            "q_min": quantizer.q_min,
+            "shape": list(weight.shape),
+            "axis": quantizer.axis,
+            "scale": f"{name}.weight_quantizer.scale",
+            "dtype": str(weight.dtype).removeprefix("torch."),
+        }
+    return state, details
+
+
+def unpack_state(tensors: dict[str, Tensor], details: dict[str, Any]) -> dict[str, Tensor]:
+    """Return a state dict with the weights as levels times scale.
+
+    Quantizing these weights again gives the same levels, so predictions are those of the original.
+
+    Raises:
+        KeyError, ValueError: the file does not fit its header.
+    """
+    state = dict(tensors)
+    for key, item in details.items():
+        shape = torch.Size(item["shape"])
+        levels = unpack_bits(tensors[key], item["bits"], shape.numel()).view(shape) + item["q_min"]
+        scale = tensors[item["scale"]]
+        if item["axis"] is not None:
+            scale = scale.view([-1 if index == item["axis"] else 1 for index in range(len(shape))])
+        state[key] = (levels * scale).to(getattr(torch, item["dtype"]))
+    return state
+
+
+def write_packed(model: nn.Module, path: Path, run: Run) -> dict[str, Any]:
+    """Write the packed file and return details for the artifact: sizes in bytes."""
+    from safetensors.torch import save_file
+
+    state, details = pack_state(model)
+    header = make_header(run, encoding=ENCODING, encoding_details=details)
+    save_file({key: value.clone() for key, value in state.items()}, path, metadata=header_metadata(header))
+    return {**sizes(model), "layers": len(details)}
+
+
+def sizes(model: nn.Module) -> dict[str, int]:
+    """Return the bytes of the packed weights, of the scales and offsets, and of everything else."""
+    state, details = pack_state(model)
+    quantizers = {f"{name}." for name, module in model.named_modules() if isinstance(module, Quantizer)}
+    codes = sum(state[key].numel() for key in details)
+    scales = rest = 0
+    for key, value in state.items():
+        if key in details:
+            continue
+        bytes_ = value.numel() * value.element_size()
+        if any(key.startswith(prefix) for prefix in quantizers):
+            scales += bytes_
+        else:
+            rest += bytes_
+    return {"code_bytes": codes, "scale_bytes": scales, "other_bytes": rest}
