@@ -116,7 +116,7 @@ class EfficientNetLite(nn.Module):
         self._fc = nn.Linear(_HEAD, options.num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+                nn.init.kaiming_normal_(module.weight)  # fan_in: torch's fan_out ignores groups
         self.task_options = {}
 
     def forward(self, image: Tensor) -> Tensor:

@@ -1,0 +1,3 @@
+"""Learned step size quantization."""
+
+__version__ = "0.1.0"
