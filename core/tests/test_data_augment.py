@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from eff.data.augment import Augmentation
 from hypothesis import given
 from hypothesis import strategies as st
+
+from eff.data.augment import Augmentation
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -65,4 +66,4 @@ def test_the_generator_alone_decides(seed, augmentation):
     assert torch.equal(first, again)
     assert torch.equal(images, before)
     assert first.shape == images.shape
-    assert 0 <= first.min() and first.max() <= 1
+    assert first.min() >= 0 and first.max() <= 1

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from eff.data.images import MAX_PIXELS, decode, native_shape, read_image
 from eff.errors import DataError
-from PIL import Image
 
 
 def gradient(height: int, width: int) -> np.ndarray:
@@ -99,6 +100,7 @@ def test_a_truncated_image_is_called_damaged(tmp_path, suffix):
         read_image(path, (3, 64, 64))
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path):
     side = int(MAX_PIXELS**0.5) + 2
     path = tmp_path / "bomb.png"

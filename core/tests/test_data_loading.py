@@ -8,15 +8,16 @@ import types
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
 from eff.data import Data, load_data, ordered_batches, shuffled_batches
 from eff.data import stores as stores_module
 from eff.data.stores import ArrayStore, EncodedStore
 from eff.data.subsets import choose
 from eff.errors import DataError, MissingDependencyError, Problems
 from eff.schemas import DataSpec, TaskSpec
-from hypothesis import given
-from hypothesis import strategies as st
-from PIL import Image
 
 pytest.importorskip("sklearn", reason="the digits come from scikit-learn (eff-core[digits])")
 
@@ -117,7 +118,8 @@ def test_a_missing_scikit_learn_is_named_with_its_command(monkeypatch):
         ("digits?size=9x", "data 'digits?size=9x': size must be N or HxW in pixels, each from 1 to 8192, got '9x'"),
         (
             "digits?trian=5",
-            "data 'digits?trian=5': option 'trian' is unknown; did you mean 'train'?; digits knows train, test, seed, size",
+            "data 'digits?trian=5': option 'trian' is unknown; did you mean 'train'?; "
+            "digits knows train, test, seed, size",
         ),
         ("digits?train=0&test=0", "data 'digits?train=0&test=0': train=0 and test=0 leave nothing"),
         (
@@ -165,7 +167,9 @@ def test_sizes_and_seed_choose_the_samples():
 def test_train_and_test_of_undivided_data_are_disjoint_and_complete(tmp_path):
     images = np.arange(100, dtype=np.uint8).reshape(100, 1, 1)
     data = load_data(f"npz:{save_arrays(tmp_path / 'a.npz', images, np.arange(100) % 4)}?train=30")
-    values = [(part.batch(range(len(part)))["image"] * 255).round().flatten().tolist() for part in (data.train, data.test)]
+    values = [
+        (part.batch(range(len(part)))["image"] * 255).round().flatten().tolist() for part in (data.train, data.test)
+    ]
     assert sorted(values[0] + values[1]) == list(range(100))
     assert len(values[0]) == 30
 
@@ -298,18 +302,14 @@ def make_files(folder, count=6, side=4):
 def test_images_are_decoded_once_and_kept(tmp_path, monkeypatch):
     paths = make_files(tmp_path)
     calls = []
-    monkeypatch.setattr(
-        stores_module, "decode", lambda *given: calls.append(given[2]) or stores_module_decode(*given)
-    )
+    decode = stores_module.decode
+    monkeypatch.setattr(stores_module, "decode", lambda *given: calls.append(given[2]) or decode(*given))
     store = EncodedStore(paths, lambda index: paths[index].name)
     first = store.pixels([3, 1, 3], (3, 4, 4))
     assert first[:, 0, 0, 0].tolist() == [30, 10, 30]
     store.pixels(range(6), (3, 4, 4))
     assert sorted(calls) == ["0.png", "1.png", "2.png", "3.png", "3.png", "4.png", "5.png"]
     assert store.take([5, 0]).pixels([0, 1], (3, 4, 4))[:, 0, 0, 0].tolist() == [50, 0]
-
-
-stores_module_decode = stores_module.decode
 
 
 def test_no_more_than_the_bound_is_kept(tmp_path, monkeypatch):

@@ -137,7 +137,9 @@ def _read_header(path: Path, content: Any) -> CheckpointHeader:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise ModelError(f"{path}: its header does not fit this eff ({where}: {first['msg']}); update eff-core") from error
+        raise ModelError(
+            f"{path}: its header does not fit this eff ({where}: {first['msg']}); update eff-core"
+        ) from error
 
 
 def bare_state(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -210,7 +212,9 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], where: str, what: 
         if key in state and isinstance(own[key], Tensor) and state[key].shape != own[key].shape
     ]
     faults = [
-        text for text in (_name("missing", missing), _name("not in the model", unexpected), "; ".join(shapes[:3])) if text
+        text
+        for text in (_name("missing", missing), _name("not in the model", unexpected), "; ".join(shapes[:3]))
+        if text
     ]
     if faults:
         raise ModelError(f"{where}: the weights do not fit {what}: {'; '.join(faults)}; name the right --arch")

@@ -22,7 +22,9 @@ class ClaimRun:
     log: Log
 
 
-def verify(plugin: str, claim: str | None = None, seeds: Sequence[int] | None = None, log: Log | None = None) -> list[ClaimResult]:
+def verify(
+    plugin: str, claim: str | None = None, seeds: Sequence[int] | None = None, log: Log | None = None
+) -> list[ClaimResult]:
     """Run the claims of one plugin and judge them.
 
     Raises:
@@ -33,7 +35,9 @@ def verify(plugin: str, claim: str | None = None, seeds: Sequence[int] | None = 
     if claim is not None:
         names = [item.id for item in claims]
         if claim not in names:
-            raise RequestError(f"{plugin}: has no claim '{claim}'{did_you_mean(claim, names)}; known: {', '.join(names) or 'none'}")
+            raise RequestError(
+                f"{plugin}: has no claim '{claim}'{did_you_mean(claim, names)}; known: {', '.join(names) or 'none'}"
+            )
         claims = tuple(item for item in claims if item.id == claim)
     return [run_claim(plugin, item, tuple(seeds) if seeds else item.seeds, log or Log()) for item in claims]
 

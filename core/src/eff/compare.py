@@ -46,7 +46,9 @@ def parse_setting(text: str) -> MethodUse:
     return MethodUse(name=name, options=options)
 
 
-def compare(settings: Sequence[str], recipe: Recipe, out: Path, *, force: bool = False, log: Log | None = None) -> Comparison:
+def compare(
+    settings: Sequence[str], recipe: Recipe, out: Path, *, force: bool = False, log: Log | None = None
+) -> Comparison:
     """Apply each setting to the recipe's model; write runs, `compare.json` and `compare.png` into `out`.
 
     Raises:

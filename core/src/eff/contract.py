@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-
 from eff.errors import PluginError, Problems, did_you_mean
 from eff.hookspecs import CONTRACT, HOOK_NAMES, PROJECT, Hooks
 from eff.method import Card, Extension, Method
@@ -90,12 +89,12 @@ def _signature_faults(function: Any, hook: str) -> list[str]:
     faults = []
     for parameter in list(inspect.signature(function).parameters.values())[1:]:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.KEYWORD_ONLY):
-            faults.append(f"argument '{parameter}' is variadic or keyword-only, which pluggy does not pass; name it plainly")
+            faults.append(
+                f"argument '{parameter}' is variadic or keyword-only, which pluggy does not pass; name it plainly"
+            )
         elif parameter.name not in known:
             hint = did_you_mean(parameter.name, known)
             faults.append(f"argument '{parameter.name}' is not one of the hook's ({', '.join(known)}){hint}")
         elif parameter.default is not parameter.empty:
             faults.append(f"argument '{parameter.name}' has a default, so pluggy does not pass it; remove the default")
     return faults
-
-

@@ -8,6 +8,7 @@ from eff.errors import MissingDependencyError, PluginError
 from eff.files import check_output_folder
 
 EPOCHS = 12
+MODEL = "zoo:digits_cnn?width=32"
 
 
 def run_demo(out: Path, force: bool = False) -> None:
@@ -28,13 +29,15 @@ def run_demo(out: Path, force: bool = False) -> None:
         find("quant_lsq")
         find("zoo", EXTENSIONS)
     except PluginError as error:
-        raise MissingDependencyError(f"the demo needs more packages ({error}); pip install 'eff-core[digits]' eff-zoo eff-quant-lsq") from error
+        raise MissingDependencyError(
+            f"the demo needs more packages ({error}); pip install 'eff-core[digits]' eff-zoo eff-quant-lsq"
+        ) from error
     float_folder, quantized_folder = out / "digits", out / "digits-quant_lsq"
     for folder in (float_folder, quantized_folder):
         check_output_folder(folder, force)
     log = TerminalLog()
-    typer.echo(f"$ eff train zoo:digits_cnn --data digits --epochs {EPOCHS} --out {float_folder}")
-    recipe = Recipe(model="zoo:digits_cnn", data="digits", train=TrainOptions(epochs=EPOCHS))
+    typer.echo(f"$ eff train '{MODEL}' --data digits --epochs {EPOCHS} --out {float_folder}")
+    recipe = Recipe(model=MODEL, data="digits", train=TrainOptions(epochs=EPOCHS))
     print_report(apply(recipe, float_folder, force=force, log=log), str(float_folder))
     typer.echo(f"\n$ eff apply quant_lsq {float_folder}/model.pt --out {quantized_folder}")
     recipe = Recipe(model=str(float_folder / "model.pt"), methods=(MethodUse(name="quant_lsq"),))

@@ -44,12 +44,23 @@ def _machine() -> list[Finding]:
         import torch
     except ImportError as error:
         return [*findings, Finding(what="torch", state="broken", detail=str(error), remedy="pip install torch")]
-    findings.append(Finding(what="torch", state="ok", detail=f"{torch.__version__}, {torch.get_num_threads()} CPU threads"))
+    findings.append(
+        Finding(what="torch", state="ok", detail=f"{torch.__version__}, {torch.get_num_threads()} CPU threads")
+    )
     if torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator()
-        findings.append(Finding(what="accelerator", state="ok", detail=f"{device}, {torch.accelerator.device_count()} device(s)"))
+        findings.append(
+            Finding(what="accelerator", state="ok", detail=f"{device}, {torch.accelerator.device_count()} device(s)")
+        )
     else:
-        findings.append(Finding(what="accelerator", state="missing", detail="runs use the CPU", remedy="nothing to do, unless this machine has a GPU: then install the torch build for it"))
+        findings.append(
+            Finding(
+                what="accelerator",
+                state="missing",
+                detail="runs use the CPU",
+                remedy="nothing to do, unless this machine has a GPU: then install the torch build for it",
+            )
+        )
     return findings
 
 
@@ -66,11 +77,20 @@ def _libraries() -> list[Finding]:
 
 def _triton() -> list[Finding]:
     if sys.platform != "linux":
-        return [Finding(what="triton", state="missing", detail="GPU kernels need Linux; the plain torch paths are used")]
+        return [
+            Finding(what="triton", state="missing", detail="GPU kernels need Linux; the plain torch paths are used")
+        ]
     try:
         import triton
     except ImportError:
-        return [Finding(what="triton", state="missing", detail="GPU kernels are off; the plain torch paths are used", remedy="pip install triton")]
+        return [
+            Finding(
+                what="triton",
+                state="missing",
+                detail="GPU kernels are off; the plain torch paths are used",
+                remedy="pip install triton",
+            )
+        ]
     mode = "interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else "compiled"
     return [Finding(what="triton", state="ok", detail=f"{triton.__version__}, {mode}")]
 
@@ -82,7 +102,14 @@ def _plugins() -> list[Finding]:
             load_method(row.name)
             found.append(Finding(what=row.name, state="ok", detail=f"{row.distribution} {row.version}"))
         except EffError as error:
-            found.append(Finding(what=row.name, state="broken", detail=str(error), remedy=f"pip install --force-reinstall {row.distribution}, or pip uninstall it"))
+            found.append(
+                Finding(
+                    what=row.name,
+                    state="broken",
+                    detail=str(error),
+                    remedy=f"pip install --force-reinstall {row.distribution}, or pip uninstall it",
+                )
+            )
     _, broken = load_extensions()
     names = {row.name for row in broken}
     found += [
@@ -90,5 +117,10 @@ def _plugins() -> list[Finding]:
         for row in discover(EXTENSIONS)
         if row.name not in names
     ]
-    found += [Finding(what=row.name, state="broken", detail=row.reason, remedy=f"pip install --force-reinstall {row.distribution}") for row in broken]
+    found += [
+        Finding(
+            what=row.name, state="broken", detail=row.reason, remedy=f"pip install --force-reinstall {row.distribution}"
+        )
+        for row in broken
+    ]
     return found

@@ -116,7 +116,9 @@ def onnx_export(model: nn.Module, path: Path, run: Run, **options: Any) -> None:
             dynamic_shapes=tuple({0: batch} for _ in inputs), verbose=False, **options,
         )  # fmt: skip
     except Exception as error:  # the exporter raises many types
-        raise UnsupportedModelError(f"{type(model).__name__} cannot be written as ONNX: {_first_line(error)}") from error
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be written as ONNX: {_first_line(error)}"
+        ) from error
     assert program is not None
     proto = program.model_proto
     for key, value in run.task.spec.options.items():

@@ -72,9 +72,7 @@ def describe_artifact(path: Path, format: str, details: dict[str, JsonValue] | N
     """Return the artifact record of a file that has just been written."""
     from eff.schemas import Artifact
 
-    return Artifact(
-        path=path, format=format, bytes=path.stat().st_size, sha256=sha256_of(path), details=details or {}
-    )
+    return Artifact(path=path, format=format, bytes=path.stat().st_size, sha256=sha256_of(path), details=details or {})
 
 
 def check_output_folder(folder: Path, force: bool) -> None:
@@ -94,7 +92,9 @@ def check_output_folder(folder: Path, force: bool) -> None:
                 f"{folder} holds an unfinished run; go on with --resume {folder}, or start anew with --force"
             )
         if not force:
-            raise OutputError(f"{folder} exists and is not empty; add --force to replace its results, or choose another --out")
+            raise OutputError(
+                f"{folder} exists and is not empty; add --force to replace its results, or choose another --out"
+            )
     parent = folder
     while not parent.exists():
         parent = parent.parent

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 Item = TypeVar("Item")
 Advance = Callable[..., None]
@@ -67,8 +67,8 @@ class TerminalLog(Log):
     def progress(self, description: str, total: int | None) -> Iterator[Advance]:
         """Show a bar once a second has passed; it disappears when done."""
         if self.quiet or not self.console.is_terminal:
-            with super().progress(description, total) as advance:
-                yield advance
+            with super().progress(description, total) as silent:
+                yield silent
             return
         import time
 
@@ -80,16 +80,13 @@ class TerminalLog(Log):
         )  # fmt: skip
         task = bar.add_task(description, total=total, note="")
         shown_from = time.monotonic() + 1.0
-        state: dict[str, Any] = {"started": False}
 
         def advance(steps: int = 1, note: str = "") -> None:
-            if not state["started"] and time.monotonic() > shown_from:
+            if not bar.live.is_started and time.monotonic() > shown_from:
                 bar.start()
-                state["started"] = True
-            bar.update(task, advance=steps, **({"note": note} if note else {}))
+            bar.update(task, advance=steps, note=note)
 
         try:
             yield advance
         finally:
-            if state["started"]:
-                bar.stop()
+            bar.stop()

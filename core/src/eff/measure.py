@@ -39,7 +39,9 @@ def measure(model: nn.Module, run: Run, plugins: Plugins, file_bytes: int | None
     assert run.data is not None
     parts = []
     for implementation in plugins.hook.evaluate.get_hookimpls():
-        metrics = implementation.function(**{name: {"model": model, "data": run.data, "run": run}[name] for name in implementation.argnames})
+        metrics = implementation.function(
+            **{name: {"model": model, "data": run.data, "run": run}[name] for name in implementation.argnames}
+        )
         parts.append((implementation.plugin_name, metrics or Metrics()))
     latency = time_forward(model, run)
     return Measurement(
@@ -53,7 +55,9 @@ def measure(model: nn.Module, run: Run, plugins: Plugins, file_bytes: int | None
 
 def state_bytes(model: nn.Module) -> int:
     """Return the bytes of all parameters and buffers that a file would hold."""
-    return sum(value.numel() * value.element_size() for value in model.state_dict().values() if isinstance(value, torch.Tensor))
+    return sum(
+        value.numel() * value.element_size() for value in model.state_dict().values() if isinstance(value, torch.Tensor)
+    )
 
 
 class Latency:

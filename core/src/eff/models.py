@@ -143,7 +143,9 @@ def _spec_of(request: ModelRequest, file: ModelFile | None) -> ModelSpec:
     if file.module is not None:
         return ModelSpec(source=f"pickle:{file.path.resolve()}")
     if request.arch is None:
-        raise ModelError(f"{file.path}: holds weights without an architecture; add --arch, e.g. --arch zoo:cifar_resnet20")
+        raise ModelError(
+            f"{file.path}: holds weights without an architecture; add --arch, e.g. --arch zoo:cifar_resnet20"
+        )
     return parse_source(request.arch)
 
 
@@ -184,10 +186,10 @@ def build_from_library(spec: ModelSpec, run: Run) -> nn.Module | None:
     """Answer `timm:`, `hf:` and `package.module:factory`; None for anything else."""
     if spec.scheme == "timm":
         timm = _library("timm", spec)
-        return _call(timm.create_model, spec, spec.name)
+        return _module(_call(timm.create_model, spec, spec.name), spec)
     if spec.scheme == "hf":
         transformers = _library("transformers", spec)
-        return _call(transformers.AutoModelForImageClassification.from_pretrained, spec, spec.name)
+        return _module(_call(transformers.AutoModelForImageClassification.from_pretrained, spec, spec.name), spec)
     if "." not in spec.scheme and spec.scheme != "__main__" and importlib.util.find_spec(spec.scheme) is None:
         return None
     try:
@@ -197,16 +199,21 @@ def build_from_library(spec: ModelSpec, run: Run) -> nn.Module | None:
     factory = getattr(module, spec.name, None)
     if not callable(factory):
         known = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        raise ModelError(f"'{spec.source}': {spec.scheme} has no function '{spec.name}'{did_you_mean(spec.name, known)}")
+        raise ModelError(
+            f"'{spec.source}': {spec.scheme} has no function '{spec.name}'{did_you_mean(spec.name, known)}"
+        )
     options = dict(spec.options)
     parameters = inspect.signature(factory).parameters
     for key, value in run.task.model_options().items():
         if key in parameters:
             options.setdefault(key, value)
-    model = _call(factory, spec.model_copy(update={"options": options}))
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"'{spec.source}': returned a {type(model).__name__}, not an nn.Module")
-    return model
+    return _module(_call(factory, spec.model_copy(update={"options": options})), spec)
+
+
+def _module(made: Any, spec: ModelSpec) -> nn.Module:
+    if not isinstance(made, nn.Module):
+        raise ModelError(f"'{spec.source}': returned a {type(made).__name__}, not an nn.Module")
+    return made
 
 
 def _library(name: str, spec: ModelSpec) -> Any:

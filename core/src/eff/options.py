@@ -41,9 +41,13 @@ def split_assignments(assignments: Sequence[str], methods: Sequence[str]) -> dic
         if not equals or not key:
             problems.append(ConfigError(f"option '{text}': write it as name=value, e.g. -o weight_bits=3"))
         elif dot and method not in options:
-            problems.append(ConfigError(f"option '{text}': '{method}' is not part of this run{did_you_mean(method, methods)}"))
+            problems.append(
+                ConfigError(f"option '{text}': '{method}' is not part of this run{did_you_mean(method, methods)}")
+            )
         elif not dot and len(methods) != 1:
-            problems.append(ConfigError(f"option '{text}': say whose, e.g. -o {methods[0] if methods else 'METHOD'}.{text}"))
+            problems.append(
+                ConfigError(f"option '{text}': say whose, e.g. -o {methods[0] if methods else 'METHOD'}.{text}")
+            )
         else:
             options[method or methods[0]][option] = read_value(value)
     raise_problems(problems)
@@ -57,7 +61,9 @@ def check_config(name: str, config_type: type[MethodConfig], options: Mapping[st
         ConfigError: an option is unknown, of the wrong type or out of range. Problems: several.
     """
     fields = config_type.model_fields
-    values = {key: _as_list(value, fields[key].annotation) if key in fields else value for key, value in options.items()}
+    values = {
+        key: _as_list(value, fields[key].annotation) if key in fields else value for key, value in options.items()
+    }
     try:
         return config_type.model_validate(values)
     except ValidationError as error:

@@ -80,7 +80,9 @@ def discover(group: str = METHODS) -> list[Listed]:
     counts: dict[str, list[importlib_metadata.EntryPoint]] = {}
     for point in points:
         counts.setdefault(point.name, []).append(point)
-    return sorted((_describe(point, counts[point.name]) for point in points), key=lambda row: (row.name, row.distribution))
+    return sorted(
+        (_describe(point, counts[point.name]) for point in points), key=lambda row: (row.name, row.distribution)
+    )
 
 
 def _describe(point: importlib_metadata.EntryPoint, same_name: list[importlib_metadata.EntryPoint]) -> Listed:
@@ -117,7 +119,9 @@ def _misfit(plugin: str, distribution: str, keywords: str, requires: Iterable[st
     if not contracts:
         return f"states no contract; add the keyword eff-api-{CONTRACT} to the pyproject.toml of {distribution}"
     if CONTRACT not in contracts:
-        return f"speaks contract {contracts[0]}, this eff-core {eff.__version__} speaks {CONTRACT}; update {distribution}"
+        return (
+            f"speaks contract {contracts[0]}, this eff-core {eff.__version__} speaks {CONTRACT}; update {distribution}"
+        )
     for line in requires:
         if re.match(r"eff[-_.]core\b", line, re.IGNORECASE):
             from packaging.requirements import Requirement

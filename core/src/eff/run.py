@@ -49,7 +49,9 @@ class Run:
 
         return named_generator(self.seed, name)
 
-    def batches(self, split: str = "train", samples: int | None = None, batch_size: int | None = None) -> Iterator[Batch]:
+    def batches(
+        self, split: str = "train", samples: int | None = None, batch_size: int | None = None
+    ) -> Iterator[Batch]:
         """Yield batches of a split on `device`, in a seeded random order, without augmentation.
 
         For calibration, initialisation and diagnostics; the training loop has its own loader.

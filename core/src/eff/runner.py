@@ -36,7 +36,7 @@ from eff.schemas import (
 )
 from eff.seeding import make_deterministic, seed_everything
 from eff.session import Chosen, Plugins, choose
-from eff.training import STATE_FILE, OPTIMIZERS, Training, read_resume_file
+from eff.training import OPTIMIZERS, STATE_FILE, Training, read_resume_file
 
 RECIPE_FILE = "recipe.yaml"
 REPORT_FILE = "report.json"
@@ -61,9 +61,13 @@ class Plan:
         steps += [f"transform with {item.name} {item.version}" for item in self.chosen]
         if self.trains:
             train = self.train
-            steps.append(f"train {train.epochs} epochs, batches of {train.batch_size}, {train.optimizer}, lr {train.lr}, {train.schedule}")
+            steps.append(
+                f"train {train.epochs} epochs, batches of {train.batch_size}, {train.optimizer}, lr {train.lr}, {train.schedule}"
+            )
         steps.append("measure before and after")
-        steps.append("write " + ", ".join([MODEL_FILE, *(file_name(name) for name in self.formats), REPORT_FILE, RECIPE_FILE]))
+        steps.append(
+            "write " + ", ".join([MODEL_FILE, *(file_name(name) for name in self.formats), REPORT_FILE, RECIPE_FILE])
+        )
         return steps
 
 
@@ -94,11 +98,19 @@ def make_plan(recipe: Recipe, log: Log | None = None) -> Plan:
     train = recipe.train.over(train)
     trains = bool(train.epochs) and (not chosen or any(item.method.card.trains for item in chosen))
     plugins.look_up("optimizers", train.optimizer or "sgd", OPTIMIZERS)
-    formats = recipe.export if recipe.export is not None else tuple(item.method.card.formats[0] for item in chosen if item.method.card.formats)
+    formats = (
+        recipe.export
+        if recipe.export is not None
+        else tuple(item.method.card.formats[0] for item in chosen if item.method.card.formats)
+    )
     known = plugins.export_formats()
     for name in formats:
         if name not in known:
-            problems.append(RequestError(f"nothing in this run writes '{name}'{did_you_mean(name, known)}; known: {', '.join(known)}"))
+            problems.append(
+                RequestError(
+                    f"nothing in this run writes '{name}'{did_you_mean(name, known)}; known: {', '.join(known)}"
+                )
+            )
     raise_problems(problems)
     return Plan(recipe, tuple(chosen), plugins, train, trains, tuple(dict.fromkeys(formats)), device)
 
@@ -116,7 +128,9 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise RequestError(f"device '{name}' cannot be used: {str(error).splitlines()[0]}; use --device cpu or auto") from error
+        raise RequestError(
+            f"device '{name}' cannot be used: {str(error).splitlines()[0]}; use --device cpu or auto"
+        ) from error
     return device
 
 
@@ -137,7 +151,11 @@ def read_recipe(path: Path) -> Recipe:
         faults: list[RequestError] = []
         for fault in error.errors():
             name = ".".join(str(part) for part in fault["loc"])
-            hint = did_you_mean(name.rpartition(".")[2], [*Recipe.model_fields, *TrainOptions.model_fields]) if fault["type"] == "extra_forbidden" else ""
+            hint = (
+                did_you_mean(name.rpartition(".")[2], [*Recipe.model_fields, *TrainOptions.model_fields])
+                if fault["type"] == "extra_forbidden"
+                else ""
+            )
             faults.append(RequestError(f"recipe {path}: {name}: {fault['msg'].lower()}{hint}"))
         raise_problems(faults)
         raise
@@ -203,7 +221,11 @@ class _Execution:
         opened = self._open()
         run = self._make_run(opened)
         self.log.info(f"measure {plan.recipe.model}")
-        before = measure(opened.model, run, plan.plugins, opened.file_bytes) if opened.file_bytes is not None or plan.chosen else None
+        before = (
+            measure(opened.model, run, plan.plugins, opened.file_bytes)
+            if opened.file_bytes is not None or plan.chosen
+            else None
+        )
         check_space(self.out, 4 * _bytes_of(opened.model))
         model = self._transform(opened, run, state)
         training = Training(model, run, plan.plugins) if plan.trains else None
@@ -222,12 +244,20 @@ class _Execution:
         names = [item.name for item in opened.applied]
         for item in self.plan.chosen:
             if item.name in names:
-                raise PluginError(f"{recipe.model}: {item.name} has already been applied; start from the model before it")
+                raise PluginError(
+                    f"{recipe.model}: {item.name} has already been applied; start from the model before it"
+                )
             for rule in item.method.card.conflicts_with:
-                if clash := [name for name in names if name == rule or (rule.endswith("*") and name.startswith(rule[:-1]))]:
-                    raise PluginError(f"{recipe.model}: {item.name} conflicts with {clash[0]}, which has been applied to it")
+                if clash := [
+                    name for name in names if name == rule or (rule.endswith("*") and name.startswith(rule[:-1]))
+                ]:
+                    raise PluginError(
+                        f"{recipe.model}: {item.name} conflicts with {clash[0]}, which has been applied to it"
+                    )
             if opened.task.name not in item.method.card.tasks:
-                raise RequestError(f"{item.name} is for {', '.join(item.method.card.tasks)}, the model's task is {opened.task.name}")
+                raise RequestError(
+                    f"{item.name} is for {', '.join(item.method.card.tasks)}, the model's task is {opened.task.name}"
+                )
         if self.plan.trains and opened.data is not None and opened.data.train is None:
             raise DataError(f"data '{opened.data.spec}' has no train split; use other data or --epochs 0")
         return opened
@@ -262,7 +292,9 @@ class _Execution:
             seed_everything(run.seed, f"transform/{item.name}")
             changed = item.method.transform(model=model, run=run)
             if not isinstance(changed, nn.Module):
-                raise PluginError(f"{item.name}: transform returned {type(changed).__name__}; it must return the module")
+                raise PluginError(
+                    f"{item.name}: transform returned {type(changed).__name__}; it must return the module"
+                )
             model = changed.to(run.device)
         run.restoring = False
         return model
@@ -370,5 +402,3 @@ def default_out(model: str, methods: Sequence[MethodUse]) -> Path:
         stem = path.parent.name
     stem = stem.rpartition(":")[2].partition("?")[0] or "model"
     return Path("-".join([stem, *(use.name for use in methods)]))
-
-

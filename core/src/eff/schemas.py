@@ -175,9 +175,7 @@ class Metrics(Schema):
         for who, part in parts:
             for name in (*part.values, *part.tables):
                 if name in owner:
-                    raise PluginError(
-                        f"metric '{name}' is reported by {owner[name]} and by {who}; one must rename it"
-                    )
+                    raise PluginError(f"metric '{name}' is reported by {owner[name]} and by {who}; one must rename it")
                 owner[name] = who
             values |= part.values
             tables |= part.tables

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -93,7 +94,11 @@ class Plugins:
         for item in self.chosen:
             for other in names:
                 if other != item.name and any(_matches(other, rule) for rule in item.method.card.conflicts_with):
-                    problems.append(PluginError(f"{item.name} and {other} cannot be used in one run: {item.name} conflicts with {other}"))
+                    problems.append(
+                        PluginError(
+                            f"{item.name} and {other} cannot be used in one run: {item.name} conflicts with {other}"
+                        )
+                    )
         for name in sorted({name for name in names if names.count(name) > 1}):
             problems.append(PluginError(f"{name} is named twice; a method is applied once"))
         raise_problems(problems)
@@ -105,7 +110,9 @@ class Plugins:
             PluginError: two extensions add the same name.
         """
         found: dict[str, str] = {}
-        raise_problems(_taken_twice([(name, tuple(getattr(extension, kind))) for name, extension in self.extensions], kind))
+        raise_problems(
+            _taken_twice([(name, tuple(getattr(extension, kind))) for name, extension in self.extensions], kind)
+        )
         for _, extension in self.extensions:
             found |= getattr(extension, kind)
         return found
@@ -122,7 +129,9 @@ class Plugins:
         if name in added:
             return import_object(added[name], f"{kind[:-1]} '{name}'")
         known = sorted({*built_in, *added})
-        raise RequestError(f"there is no {kind[:-1].replace('_', ' ')} '{name}'{did_you_mean(name, known)}; known: {', '.join(known)}")
+        raise RequestError(
+            f"there is no {kind[:-1].replace('_', ' ')} '{name}'{did_you_mean(name, known)}; known: {', '.join(known)}"
+        )
 
     def export_formats(self) -> tuple[str, ...]:
         """Return all formats that this run can write."""
@@ -142,7 +151,9 @@ def _taken_twice(owners: Sequence[tuple[str, Sequence[str]]], what: str) -> list
     for owner, names in owners:
         for name in names:
             if name in taken:
-                problems.append(PluginError(f"{taken[name]} and {owner} both provide the {what} '{name}'; use one of them"))
+                problems.append(
+                    PluginError(f"{taken[name]} and {owner} both provide the {what} '{name}'; use one of them")
+                )
             taken[name] = owner
     return problems
 
@@ -153,7 +164,7 @@ def choose(uses: Sequence[MethodUse]) -> list[Chosen]:
     Raises:
         PluginError, ConfigError: one fault. Problems: all faults of all methods together.
     """
-    return _collect([lambda use=use: make_chosen(use.name, use.options) for use in uses])
+    return _collect([functools.partial(make_chosen, use.name, use.options) for use in uses])
 
 
 def choose_applied(methods: Sequence[AppliedMethod]) -> list[Chosen]:
@@ -162,8 +173,7 @@ def choose_applied(methods: Sequence[AppliedMethod]) -> list[Chosen]:
     Raises:
         PluginError: one is not installed (its distribution is named). Problems: several.
     """
-    chosen = _collect([lambda item=item: _choose_one_applied(item) for item in methods])
-    return chosen
+    return _collect([functools.partial(_choose_one_applied, item) for item in methods])
 
 
 def _choose_one_applied(item: AppliedMethod) -> Chosen:

@@ -128,7 +128,9 @@ class Training:
         self.options = run.train
         self.split: Split = run.split("train")
         if len(self.split) == 0:
-            raise RequestError(f"data '{run.data.spec if run.data else ''}' has no training samples; use ?train=N above 0 or --epochs 0")
+            raise RequestError(
+                f"data '{run.data.spec if run.data else ''}' has no training samples; use ?train=N above 0 or --epochs 0"
+            )
         self.accelerator = make_accelerator(run)
         self.raw_model = model
         optimizer = make_optimizer(model, self.options, plugins)
@@ -203,7 +205,9 @@ class Training:
             loss = float(result.loss)
             if not math.isfinite(loss):
                 kept = f"; {self.run.folder / STATE_FILE} keeps the last good state" if self.run.folder else ""
-                raise NonFiniteLossError(f"the loss is {loss} at step {self.done} of {self.total}; try a smaller --lr{kept}")
+                raise NonFiniteLossError(
+                    f"the loss is {loss} at step {self.done} of {self.total}; try a smaller --lr{kept}"
+                )
             self.epoch_loss += loss
             last = position + 1 == self.steps_per_epoch
             if last:
@@ -258,5 +262,7 @@ def read_resume_file(folder: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for a damaged file
-        raise RequestError(f"{path}: damaged ({str(error).splitlines()[0]}); start the run anew with --force") from error
+        raise RequestError(
+            f"{path}: damaged ({str(error).splitlines()[0]}); start the run anew with --force"
+        ) from error
     return state

@@ -72,7 +72,9 @@ def evaluate(request: UseRequest, methods: Sequence[MethodUse] = (), log: Log | 
     return measure(opened.model, run, again, opened.file_bytes)
 
 
-def predict(request: UseRequest, inputs: Sequence[Path], out: Path | None = None, log: Log | None = None) -> list[Prediction]:
+def predict(
+    request: UseRequest, inputs: Sequence[Path], out: Path | None = None, log: Log | None = None
+) -> list[Prediction]:
     """Return what the model says of each input file.
 
     Raises:
@@ -104,7 +106,9 @@ def export_model(
     known = plugins.export_formats()
     for name in formats:
         if name not in known:
-            raise RequestError(f"nothing writes '{name}' for this model{did_you_mean(name, known)}; known: {', '.join(known)}")
+            raise RequestError(
+                f"nothing writes '{name}' for this model{did_you_mean(name, known)}; known: {', '.join(known)}"
+            )
         if (out / file_name(name)).exists() and not force:
             raise OutputError(f"{out / file_name(name)} exists; add --force to replace it, or choose another --out")
     try:

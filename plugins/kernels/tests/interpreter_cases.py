@@ -3,6 +3,7 @@ of its own, because TRITON_INTERPRET must be set before triton is imported."""
 
 import pytest
 import torch
+
 from eff_kernels.fake_quant import reference, triton_kernel
 
 # float32 sums of up to 5000 terms in another order; half dtypes round the stored values.

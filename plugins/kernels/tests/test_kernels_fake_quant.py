@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from eff_kernels.dispatch import choose
-from eff_kernels.fake_quant import cpu, fake_quant, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from eff_kernels.dispatch import choose
+from eff_kernels.fake_quant import cpu, fake_quant, reference
 
 PATHS = ["reference", "cpu"]
 
@@ -30,7 +31,15 @@ def path(request, monkeypatch):
 @pytest.mark.parametrize(
     ("v", "value", "dv", "ds"),
     # below, above, inside, inside, tie to even, on the upper border, on the lower border
-    [(-9.0, -8, 0, -8), (9.0, 7, 0, 7), (0.3, 0, 1, -0.3), (2.6, 3, 1, 0.4), (2.5, 2, 1, -0.5), (7.0, 7, 1, 7), (-8.0, -8, 1, -8)],
+    [
+        (-9.0, -8, 0, -8),
+        (9.0, 7, 0, 7),
+        (0.3, 0, 1, -0.3),
+        (2.6, 3, 1, 0.4),
+        (2.5, 2, 1, -0.5),
+        (7.0, 7, 1, 7),
+        (-8.0, -8, 1, -8),
+    ],
 )
 def test_values_and_gradients_are_those_of_the_paper(path, v, value, dv, ds):
     x = torch.tensor(v, requires_grad=True)
@@ -59,12 +68,24 @@ def test_gradients_equal_autograd_of_the_detach_form(path, axis, with_offset):
     if axis is not None:
         shape[axis] = channels
     scale = 0.1 + torch.rand(channels, dtype=torch.float64, generator=generator)
-    offset = torch.randn(channels, dtype=torch.float64, generator=generator) if with_offset else torch.zeros(channels, dtype=torch.float64)
+    offset = (
+        torch.randn(channels, dtype=torch.float64, generator=generator)
+        if with_offset
+        else torch.zeros(channels, dtype=torch.float64)
+    )
     upstream = torch.randn(x.shape, dtype=torch.float64, generator=generator)
     mine = [t.clone().requires_grad_() for t in (x, scale, offset)]
     theirs = [t.clone().requires_grad_() for t in (x, scale, offset)]
     own_shape = (lambda t: t.reshape(())) if axis is None else (lambda t: t)
-    out = fake_quant(mine[0], own_shape(mine[1]), -4, 3, offset=own_shape(mine[2]) if with_offset else None, axis=axis, grad_scale=0.3)
+    out = fake_quant(
+        mine[0],
+        own_shape(mine[1]),
+        -4,
+        3,
+        offset=own_shape(mine[2]) if with_offset else None,
+        axis=axis,
+        grad_scale=0.3,
+    )
     expected = detach_form(theirs[0], theirs[1], -4, 3, theirs[2], 0.3, shape)
     torch.testing.assert_close(out, expected)
     out.backward(upstream)
@@ -77,7 +98,9 @@ def test_gradients_equal_autograd_of_the_detach_form(path, axis, with_offset):
 def test_values_equal_a_float64_loop(path):
     x = torch.linspace(-3, 3, 101, dtype=torch.float64)
     expected = [float(np.rint(min(max(v / 0.37, -4), 3)) * 0.37) for v in x.tolist()]
-    torch.testing.assert_close(fake_quant(x, torch.tensor(0.37, dtype=torch.float64), -4, 3), torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(
+        fake_quant(x, torch.tensor(0.37, dtype=torch.float64), -4, 3), torch.tensor(expected, dtype=torch.float64)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
@@ -87,7 +110,9 @@ def test_cpu_path_equals_the_reference_exactly(dtype, size):
     x, g = (torch.randn(size, generator=generator).to(dtype) for _ in range(2))
     s = torch.tensor(0.3, dtype=reference.wide_dtype(x))
     assert torch.equal(cpu.forward(x, s, None, -8, 7, -1), reference.forward(x, s, None, -8, 7, -1))
-    for own, other in zip(cpu.backward(g, x, s, s * 0.1, -8, 7, -1), reference.backward(g, x, s, s * 0.1, -8, 7, -1), strict=True):
+    for own, other in zip(
+        cpu.backward(g, x, s, s * 0.1, -8, 7, -1), reference.backward(g, x, s, s * 0.1, -8, 7, -1), strict=True
+    ):
         torch.testing.assert_close(own, other)
 
 

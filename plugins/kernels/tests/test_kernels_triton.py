@@ -36,7 +36,17 @@ def test_no_kernel_is_left_out_of_ahead_of_time_compilation():
 def test_kernels_agree_with_their_reference_in_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "TRITON_DEFAULT_FP_FUSION": "0"}
     cases = Path(__file__).with_name("interpreter_cases.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib", str(cases)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "addopts=--import-mode=importlib",
+        str(cases),
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
     passed = re.search(r"(\d+) passed", done.stdout)
@@ -46,10 +56,17 @@ def test_kernels_agree_with_their_reference_in_the_interpreter():
 @pytest.mark.skipif(not __import__("torch").cuda.is_available(), reason="no CUDA device")
 def test_kernel_agrees_with_the_reference_on_a_gpu():
     import torch
+
     from eff_kernels.fake_quant import reference, triton_kernel
 
     x, g = (torch.randn(64, 1000, device="cuda") for _ in range(2))
     scale = torch.full((64,), 0.1, device="cuda")
-    torch.testing.assert_close(triton_kernel.forward(x, scale, None, -8, 7, 0), reference.forward(x, scale, None, -8, 7, 0))
-    for own, other in zip(triton_kernel.backward(g, x, scale, None, -8, 7, 0)[:2], reference.backward(g, x, scale, None, -8, 7, 0), strict=False):
+    torch.testing.assert_close(
+        triton_kernel.forward(x, scale, None, -8, 7, 0), reference.forward(x, scale, None, -8, 7, 0)
+    )
+    for own, other in zip(
+        triton_kernel.backward(g, x, scale, None, -8, 7, 0)[:2],
+        reference.backward(g, x, scale, None, -8, 7, 0),
+        strict=False,
+    ):
         torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4)

@@ -30,7 +30,9 @@ def new(
 
 @app.command()
 def check(
-    plugin: Annotated[str, typer.Argument(metavar="PATH|PLUGIN", help="A package folder or the name of an installed method.")],
+    plugin: Annotated[
+        str, typer.Argument(metavar="PATH|PLUGIN", help="A package folder or the name of an installed method.")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Run the contract checks on a plugin. Exit code 1 where one fails or none ran.

@@ -25,7 +25,9 @@ def list_plugins(
     methods = discover(METHODS)
     families = {*FAMILIES, *(row.family for row in methods)}
     if family is not None and family not in families:
-        raise RequestError(f"there is no family '{family}'{did_you_mean(family, families)}; known: {', '.join(sorted(families))}")
+        raise RequestError(
+            f"there is no family '{family}'{did_you_mean(family, families)}; known: {', '.join(sorted(families))}"
+        )
     rows = [row for row in methods if family in (None, row.family)]
     if family is None:
         rows += discover(EXTENSIONS)
@@ -37,7 +39,9 @@ def list_plugins(
     from eff.cli.show import print_table
 
     if not rows:
-        typer.echo("no plugins installed" + (f" in family {family}" if family else "") + "; try: pip install eff-quant-lsq")
+        typer.echo(
+            "no plugins installed" + (f" in family {family}" if family else "") + "; try: pip install eff-quant-lsq"
+        )
         return
     kinds = {METHODS: "", EXTENSIONS: "extension"}
     print_table(
@@ -83,7 +87,11 @@ def info(
     }
     typer.echo(f"{plugin}: {row.summary}")
     print_table("", ["", ""], [[name, text] for name, text in facts.items() if text])
-    print_table("options (-o name=value)", ["name", "type", "default", "range", "meaning"], [list(line.values()) for line in rows])
+    print_table(
+        "options (-o name=value)",
+        ["name", "type", "default", "range", "meaning"],
+        [list(line.values()) for line in rows],
+    )
     for claim in method.claims:
         typer.echo(f"claim {claim.id}: {claim.statement} (eff verify {plugin}, about {claim.minutes:g} min)")
 
@@ -143,6 +151,8 @@ def doctor(as_json: AsJson = False) -> None:
     if as_json:
         print_json(findings)
     else:
-        print_table("", ["what", "state", "detail", "what to do"], [[f.what, f.state, f.detail, f.remedy] for f in findings])
+        print_table(
+            "", ["what", "state", "detail", "what to do"], [[f.what, f.state, f.detail, f.remedy] for f in findings]
+        )
     if any(finding.state == "broken" for finding in findings):
         raise typer.Exit(1)

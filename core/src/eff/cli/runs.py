@@ -12,8 +12,15 @@ from eff.cli.app import app
 if TYPE_CHECKING:
     from eff.schemas import Recipe
 
-Data = Annotated[str | None, typer.Option("--data", help="Data source: digits, folder:PATH, PATH.parquet, hf:ID, PATH.npz; ?train=N&test=N&seed=N.")]
-Arch = Annotated[str | None, typer.Option("--arch", help="Architecture for a bare state dict, e.g. zoo:cifar_resnet20.")]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data", help="Data source: digits, folder:PATH, PATH.parquet, hf:ID, PATH.npz; ?train=N&test=N&seed=N."
+    ),
+]
+Arch = Annotated[
+    str | None, typer.Option("--arch", help="Architecture for a bare state dict, e.g. zoo:cifar_resnet20.")
+]
 Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the training data; 0 trains nothing.")]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Samples per step.")]
 LearningRate = Annotated[float | None, typer.Option("--lr", help="Initial learning rate.")]
@@ -23,7 +30,9 @@ PrecisionOption = Annotated[str | None, typer.Option("--precision", help="fp32, 
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Run folder for the results.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the results in --out.")]
-TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help="Load pickled code. Only for files you made yourself.")]
+TrustPickle = Annotated[
+    bool, typer.Option("--trust-pickle", help="Load pickled code. Only for files you made yourself.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
@@ -41,7 +50,9 @@ def changed_recipe(recipe: Recipe, train: dict[str, Any], **changes: Any) -> Rec
         return RecipeSchema.model_validate(content)
     except ValidationError as error:
         faults: list[RequestError] = [
-            ConfigError(f"--{str(fault['loc'][-1]).replace('_', '-')}: {fault['msg'][0].lower()}{fault['msg'][1:]}, got {fault['input']!r}")
+            ConfigError(
+                f"--{str(fault['loc'][-1]).replace('_', '-')}: {fault['msg'][0].lower()}{fault['msg'][1:]}, got {fault['input']!r}"
+            )
             for fault in error.errors()
         ]
         raise_problems(faults)
@@ -50,9 +61,15 @@ def changed_recipe(recipe: Recipe, train: dict[str, Any], **changes: Any) -> Rec
 
 @app.command()
 def apply(
-    methods: Annotated[str | None, typer.Argument(metavar="METHOD[,METHOD...]", help="Methods in the order they are applied.")] = None,
-    model: Annotated[str | None, typer.Argument(help="A model file, a run folder, or a source such as zoo:digits_cnn.")] = None,
-    option: Annotated[list[str] | None, typer.Option("-o", "--option", help="Option of a method: name=value, or method.name=value.")] = None,
+    methods: Annotated[
+        str | None, typer.Argument(metavar="METHOD[,METHOD...]", help="Methods in the order they are applied.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="A model file, a run folder, or a source such as zoo:digits_cnn.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("-o", "--option", help="Option of a method: name=value, or method.name=value.")
+    ] = None,
     data: Data = None,
     arch: Arch = None,
     epochs: Epochs = None,
@@ -62,10 +79,16 @@ def apply(
     device: Device = None,
     precision: PrecisionOption = None,
     seed: Seed = None,
-    export: Annotated[list[str] | None, typer.Option("--export", help="Formats to write; unset: the method's own.")] = None,
+    export: Annotated[
+        list[str] | None, typer.Option("--export", help="Formats to write; unset: the method's own.")
+    ] = None,
     out: Out = None,
-    recipe: Annotated[Path | None, typer.Option("--recipe", help="Repeat the run of a recipe.yaml; other options go over it.")] = None,
-    resume: Annotated[Path | None, typer.Option("--resume", help="Go on with the interrupted run in this folder.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="Repeat the run of a recipe.yaml; other options go over it.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", help="Go on with the interrupted run in this folder.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the recipe and the plan; touch nothing.")] = False,
     force: Force = False,
     trust_pickle: TrustPickle = False,
@@ -133,7 +156,9 @@ def _run_and_print(work: Any, as_json: bool) -> None:
 @app.command()
 def train(
     arch: Annotated[str, typer.Argument(help="Model source, e.g. zoo:digits_cnn or package.module:factory.")],
-    data: Annotated[str, typer.Option("--data", help="Data source: digits, folder:PATH, PATH.parquet, hf:ID, PATH.npz.")],
+    data: Annotated[
+        str, typer.Option("--data", help="Data source: digits, folder:PATH, PATH.parquet, hf:ID, PATH.npz.")
+    ],
     epochs: Epochs = None,
     batch_size: BatchSize = None,
     lr: LearningRate = None,
@@ -163,7 +188,9 @@ def train(
 
 @app.command()
 def compare(
-    settings: Annotated[list[str], typer.Argument(metavar="METHOD[:name=value...]... MODEL", help="Settings, then the model.")],
+    settings: Annotated[
+        list[str], typer.Argument(metavar="METHOD[:name=value...]... MODEL", help="Settings, then the model.")
+    ],
     data: Data = None,
     arch: Arch = None,
     epochs: Epochs = None,

@@ -21,7 +21,9 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> None:
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[int] = ()
+) -> None:
     """Print a table; columns whose index is in `right` are right-aligned."""
     from rich import box
     from rich.console import Console
@@ -61,7 +63,10 @@ def measurement_rows(columns: Sequence[Measurement | None]) -> list[list[str]]:
     names: dict[str, None] = {}
     for measured in columns:
         names |= dict.fromkeys(measured.metrics.values if measured else ())
-    rows = [[name.replace("_", " "), *(metric_text(m.metrics.values.get(name)) if m else "-" for m in columns)] for name in names]
+    rows = [
+        [name.replace("_", " "), *(metric_text(m.metrics.values.get(name)) if m else "-" for m in columns)]
+        for name in names
+    ]
     rows.append(["file to ship", *(size_text(m.bytes) if m else "-" for m in columns)])
     rows.append(["parameters", *(f"{m.parameters:,}" if m else "-" for m in columns)])
     rows.append(["latency, 1 sample", *(f"{m.latency_ms:.2f} ms" if m and m.latency_ms else "-" for m in columns)])
@@ -87,10 +92,19 @@ def print_report(report: Report, folder: str) -> None:
         changes = [_change(row[0].replace(" ", "_"), report.before, after) for row in rows]
         ratio = report.before.bytes / max(1, after.bytes)
         changes[-3] = f"{ratio:.1f}x smaller" if ratio >= 1 else f"{1 / ratio:.1f}x larger"
-        print_table(names, ["", "before", "after", "change"], [[*row, change] for row, change in zip(rows, changes, strict=True)], right=(1, 2, 3))
+        print_table(
+            names,
+            ["", "before", "after", "change"],
+            [[*row, change] for row, change in zip(rows, changes, strict=True)],
+            right=(1, 2, 3),
+        )
     for artifact in report.artifacts:
         agreement = artifact.details.get("agreement")
-        note = f", agrees with the model on {100 * agreement:.1f} % of {artifact.details.get('samples')} samples" if isinstance(agreement, float) else ""
+        note = (
+            f", agrees with the model on {100 * agreement:.1f} % of {artifact.details.get('samples')} samples"
+            if isinstance(agreement, float)
+            else ""
+        )
         typer.echo(f"  {folder}/{artifact.path}  {size_text(artifact.bytes)} ({artifact.format}{note})")
     typer.echo(f"  {folder}/report.json, {folder}/recipe.yaml  ({report.seconds:.1f} s on {report.device})")
 
@@ -102,12 +116,24 @@ def print_claims(results: Sequence[ClaimResult]) -> None:
         for check in result.checks:
             spread = f" ± {check.spread:.2f}" if check.spread is not None else ""
             verdict = "holds" if check.holds else "DOES NOT HOLD"
-            rows.append([result.plugin, result.id, check.check, f"{check.left:.2f}", f"{check.right:.2f}", f"{check.gap:+.2f}{spread}", verdict])
+            rows.append(
+                [
+                    result.plugin,
+                    result.id,
+                    check.check,
+                    f"{check.left:.2f}",
+                    f"{check.right:.2f}",
+                    f"{check.gap:+.2f}{spread}",
+                    verdict,
+                ]
+            )
     print_table("claims", ["plugin", "claim", "check", "left", "right", "gap", "verdict"], rows, right=(3, 4, 5))
     for result in results:
         typer.echo(f"{result.plugin} {result.id}: {result.statement}")
         for name, values in result.measured.items():
             mean = sum(values) / len(values)
-            typer.echo(f"  {name:<14} {mean:8.2f} {result.unit}   per seed: {', '.join(f'{value:.2f}' for value in values)}")
+            typer.echo(
+                f"  {name:<14} {mean:8.2f} {result.unit}   per seed: {', '.join(f'{value:.2f}' for value in values)}"
+            )
         typer.echo(f"  paper: {result.paper}")
         typer.echo(f"  {len(result.seeds)} seeds, {result.seconds:.0f} s")

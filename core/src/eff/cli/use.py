@@ -16,7 +16,9 @@ Model = Annotated[str, typer.Argument(help="A model file, a run folder, or a sou
 @app.command()
 def evaluate(
     model: Model,
-    method: Annotated[str | None, typer.Option("--method", help="Methods whose measurements are added, with commas.")] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", help="Methods whose measurements are added, with commas.")
+    ] = None,
     option: Annotated[list[str] | None, typer.Option("-o", "--option", help="Option of a method: name=value.")] = None,
     data: Data = None,
     arch: Arch = None,
@@ -82,7 +84,9 @@ def predict(
     for prediction in predictions:
         if prediction.rows:
             columns = list(prediction.rows[0])
-            print_table(prediction.input, columns, [[_cell(row[column]) for column in columns] for row in prediction.rows])
+            print_table(
+                prediction.input, columns, [[_cell(row[column]) for column in columns] for row in prediction.rows]
+            )
         if prediction.file:
             typer.echo(f"{prediction.input} -> {prediction.file}")
 
@@ -117,8 +121,12 @@ def export(
         print_json(artifacts)
         return
     for artifact in artifacts:
-        details = ", ".join(f"{key} {_cell(value)}" for key, value in artifact.details.items() if not isinstance(value, (dict, list)))
-        typer.echo(f"{artifact.path}  {size_text(artifact.bytes)}  {artifact.format}" + (f"  ({details})" if details else ""))
+        details = ", ".join(
+            f"{key} {_cell(value)}" for key, value in artifact.details.items() if not isinstance(value, (dict, list))
+        )
+        typer.echo(
+            f"{artifact.path}  {size_text(artifact.bytes)}  {artifact.format}" + (f"  ({details})" if details else "")
+        )
 
 
 @app.command()
@@ -140,7 +148,9 @@ def bench(
     from eff.use import UseRequest
     from eff.use import bench as bench_models
 
-    requests = [UseRequest(model, None, data, device or "auto", batch_size, trust_pickle=trust_pickle) for model in models]
+    requests = [
+        UseRequest(model, None, data, device or "auto", batch_size, trust_pickle=trust_pickle) for model in models
+    ]
     rows = bench_models(requests, seconds, TerminalLog(quiet=as_json))
     if as_json:
         print_json(rows)
@@ -148,6 +158,17 @@ def bench(
     print_table(
         f"batch {rows[0].batch_size} for throughput and memory; latency with one sample",
         ["model", "median ms", "p90 ms", "samples/s", "peak memory", "parameters", "file"],
-        [[r.model, f"{r.latency_ms:.2f}", f"{r.latency_p90_ms:.2f}", f"{r.throughput:,.0f}", size_text(r.peak_memory_bytes), f"{r.parameters:,}", size_text(r.bytes)] for r in rows],
+        [
+            [
+                r.model,
+                f"{r.latency_ms:.2f}",
+                f"{r.latency_p90_ms:.2f}",
+                f"{r.throughput:,.0f}",
+                size_text(r.peak_memory_bytes),
+                f"{r.parameters:,}",
+                size_text(r.bytes),
+            ]
+            for r in rows
+        ],
         right=range(1, 7),
     )

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import tempfile
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -71,10 +70,10 @@ def plugin_at(text: str) -> str:
     project = _read_toml(packaging).get("project", {})
     names = list(project.get("entry-points", {}).get("eff.plugins", {}))
     if len(names) != 1:
-        raise PluginError(f"{packaging}: names {len(names)} plugins under entry-points.\"eff.plugins\"; it must name one")
+        raise PluginError(f'{packaging}: names {len(names)} plugins under entry-points."eff.plugins"; it must name one')
     if names[0] not in {row.name for row in discover()}:
         raise PluginError(f"plugin '{names[0]}' is not installed; pip install -e {folder}")
-    return names[0]
+    return str(names[0])
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -149,7 +148,9 @@ def the_same_seed_gives_the_same_weights(plugin: str) -> None:
             states.append(torch.load(folder / "model.pt", weights_only=True)["state_dict"])
     assert states[0].keys() == states[1].keys(), "the two runs made different structures"
     different = [key for key in states[0] if not torch.equal(states[0][key], states[1][key])]
-    assert not different, f"differ between two runs: {', '.join(different[:3])}; draw random numbers from torch or run.generator"
+    assert not different, (
+        f"differ between two runs: {', '.join(different[:3])}; draw random numbers from torch or run.generator"
+    )
 
 
 @contract
@@ -164,7 +165,9 @@ def the_checkpoint_reloads_with_the_same_metrics(plugin: str) -> None:
     for key, metric in report.after.metrics.values.items():
         found = again.metrics.values.get(key)
         assert found is not None, f"'{key}' is missing after a reload"
-        assert abs(found.value - metric.value) <= 1e-4 * max(1.0, abs(metric.value)), f"{key}: {metric.value} in the report, {found.value} after a reload"
+        assert abs(found.value - metric.value) <= 1e-4 * max(1.0, abs(metric.value)), (
+            f"{key}: {metric.value} in the report, {found.value} after a reload"
+        )
 
 
 @contract
@@ -191,9 +194,9 @@ def a_model_it_cannot_change_is_refused_or_left(plugin: str) -> None:
     from torch import nn
 
     from eff.run import Run
+    from eff.schemas import DataSpec
     from eff.tasks import Classification, ClassificationOptions
     from eff.testing.samples import DATA, blobs
-    from eff.schemas import DataSpec
 
     method_type = load_method(plugin)
     if not hasattr(method_type, "transform") or "classification" not in method_type.card.tasks:
@@ -201,7 +204,7 @@ def a_model_it_cannot_change_is_refused_or_left(plugin: str) -> None:
     options = ClassificationOptions(input_shape=(1, 8, 8), classes=("a", "b", "c", "d"))
     run = Run(Classification(options), torch.device("cpu"), data=blobs(DataSpec.parse(DATA)), train=CORE_TRAINING)
     try:
-        changed = method_type().transform(model=nn.Flatten(), run=run)
+        changed = method_type().transform(model=nn.Flatten(), run=run)  # type: ignore[attr-defined]
     except EffError as error:
         assert len(str(error).splitlines()) == 1, f"the error has several lines: {error}"
         return

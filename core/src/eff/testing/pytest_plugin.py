@@ -15,7 +15,9 @@ def pytest_generate_tests(metafunc: Any) -> None:
 
     plugin = getattr(metafunc.module, "EFF_PLUGIN", None)
     if plugin is None:
-        raise pytest.UsageError(f'{metafunc.module.__name__}: set EFF_PLUGIN = "<family>_<method>" for eff_contract_check')
+        raise pytest.UsageError(
+            f'{metafunc.module.__name__}: set EFF_PLUGIN = "<family>_<method>" for eff_contract_check'
+        )
     metafunc.parametrize("eff_contract_check", [(plugin, name) for name in CHECKS], ids=list(CHECKS), indirect=True)
 
 

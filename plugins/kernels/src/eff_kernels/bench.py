@@ -62,7 +62,10 @@ def bench_kernels(
     print_table(
         f"{size:,} float32 elements on {target}, {torch.get_num_threads()} threads",
         ["op", "case", "implementation", "median ms", "over ours", "of copy bandwidth"],
-        [[r.op, r.case, r.implementation, f"{r.milliseconds:.2f}", f"{r.ratio:.2f}", f"{100 * r.of_bandwidth:.0f} %"] for r in rows],
+        [
+            [r.op, r.case, r.implementation, f"{r.milliseconds:.2f}", f"{r.ratio:.2f}", f"{100 * r.of_bandwidth:.0f} %"]
+            for r in rows
+        ],
         right=(3, 4, 5),
     )
 
@@ -117,7 +120,8 @@ def _fake_quant_rows(device: Any, size: int) -> list[Row]:
             except Exception as error:  # torch.compile needs a C++ compiler
                 typer.echo(f"{name} left out: {(str(error).splitlines() or [''])[0]}", err=True)
         rows += [
-            Row("fake_quant", case, name, value, value / times["eff"], moved / value / bandwidth) for name, value in times.items()
+            Row("fake_quant", case, name, value, value / times["eff"], moved / value / bandwidth)
+            for name, value in times.items()
         ]
     return rows
 

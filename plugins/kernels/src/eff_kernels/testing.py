@@ -38,7 +38,11 @@ def compile_for(kernel: Any, signature: dict[str, str], constants: dict[str, Any
     from triton.compiler import ASTSource
 
     full = {**signature, **dict.fromkeys(constants, "constexpr")}
-    source = ASTSource(fn=kernel, signature=full, constexprs={(kernel.arg_names.index(key),): value for key, value in constants.items()})
+    source = ASTSource(
+        fn=kernel,
+        signature=full,
+        constexprs={(kernel.arg_names.index(key),): value for key, value in constants.items()},
+    )
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
     cubin: bytes = compiled.asm["cubin"]
     return cubin

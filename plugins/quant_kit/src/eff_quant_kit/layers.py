@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from eff.errors import ConfigError, UnsupportedModelError, did_you_mean
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eff.errors import ConfigError, UnsupportedModelError, did_you_mean
 from eff_quant_kit.quantizer import Quantizer
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -73,7 +73,9 @@ def find_layers(model: nn.Module, matmuls: bool = False) -> dict[str, nn.Module]
     nn.MultiheadAttention uses its weights without calling its layers, so what is inside is left out.
     """
     inside_attention = tuple(
-        f"{name}." if name else "" for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)
+        f"{name}." if name else ""
+        for name, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention)
     )
     return {
         name: module
@@ -91,7 +93,9 @@ def check_layers(plugin: str, model: nn.Module, layers: dict[str, nn.Module], ex
     """
     for name in exclude:
         if name not in layers:
-            raise ConfigError(f"{plugin}: exclude names '{name}', which is no convolution or linear layer{did_you_mean(name, layers)}")
+            raise ConfigError(
+                f"{plugin}: exclude names '{name}', which is no convolution or linear layer{did_you_mean(name, layers)}"
+            )
     if not [name for name in layers if name not in exclude]:
         modules = [(name, type(module).__name__) for name, module in model.named_modules() if name]
         example = f", e.g. '{modules[0][0]}': {modules[0][1]}" if modules else ""

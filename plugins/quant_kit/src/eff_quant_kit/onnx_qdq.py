@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from eff.exporting import onnx_agreement, onnx_export
-from eff.run import Run
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eff.exporting import onnx_agreement, onnx_export
+from eff.run import Run
 from eff_quant_kit.layers import QuantLayer, QuantMatMul, quant_layers, replace_module
 from eff_quant_kit.quantizer import Quantizer
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
+
 from eff.errors import RunError
 from eff_kernels.fake_quant import fake_quant
-from torch import Tensor, nn
 
 SMALLEST_SCALE = 1e-8
 """Floor of every scale: below it division overflows float32."""
@@ -78,7 +79,9 @@ class Quantizer(nn.Module):
             RunError: a value is NaN or infinite.
         """
         if not bool(torch.isfinite(scale).all()):
-            raise RunError(f"{self.name}: the tensor to initialise from holds NaN or infinity; check the data and the weights")
+            raise RunError(
+                f"{self.name}: the tensor to initialise from holds NaN or infinity; check the data and the weights"
+            )
         with torch.no_grad():
             self.scale.copy_(scale.clamp(min=SMALLEST_SCALE))
             if self.offset is not None and offset is not None:
@@ -110,7 +113,9 @@ class Quantizer(nn.Module):
             RunError: not initialised.
         """
         if not torch.compiler.is_compiling() and not self.initialised:
-            raise RunError(f"{self.name or 'quantizer'}: used before it was initialised; apply the method with data first")
+            raise RunError(
+                f"{self.name or 'quantizer'}: used before it was initialised; apply the method with data first"
+            )
         return fake_quant(
             x, self.scale, self.q_min, self.q_max, offset=self.offset, axis=self.axis, grad_scale=self.grad_scale
         )

@@ -11,6 +11,8 @@ import copy
 from collections.abc import Callable
 
 import torch
+from torch import Tensor, nn
+
 from eff.claims import ClaimRun
 from eff.data import Data, load_data
 from eff.measure import task_metrics
@@ -23,8 +25,6 @@ from eff.training import Training
 from eff_quant_kit.layers import initialise_inputs, quant_layers
 from eff_quant_kit.observers import minmax_symmetric
 from eff_quant_kit.quantizer import Quantizer, quantizers_of
-from torch import Tensor, nn
-
 from eff_quant_lsq.config import LSQConfig
 from eff_quant_lsq.plugin import LSQ
 

@@ -12,13 +12,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from eff.data import Batch
 from eff.errors import DataError
 from eff.run import Run
 from eff.schemas import Metric, Metrics, TableRow
 from eff_quant_kit.layers import QuantLayer, quant_layers
 from eff_quant_kit.packed import sizes
-from torch import Tensor, nn
 
 SAMPLES = 64
 
@@ -63,10 +64,7 @@ def _bits(layer: QuantLayer) -> int:
 def _inputs(model: nn.Module, layers: dict[str, QuantLayer], run: Run, batch: Batch) -> dict[str, Tensor]:
     """Return what each layer is fed with."""
     seen: dict[str, Tensor] = {}
-    handles = [
-        layer.register_forward_pre_hook(_remember(seen, name))
-        for name, layer in layers.items()
-    ]
+    handles = [layer.register_forward_pre_hook(_remember(seen, name)) for name, layer in layers.items()]
     was_training = model.training
     model.eval()
     try:
@@ -118,7 +116,11 @@ def step_ratios(
 def _row(name: str, layer: QuantLayer, x: Tensor | None, ratio: tuple[float, float] | None) -> TableRow:
     weights, inputs = layer.weight_quantizer, layer.input_quantizer
     weight: Tensor = layer.layer.weight.detach()  # type: ignore[union-attr,operator,assignment]
-    row: TableRow = {"layer": name, "weight_bits": weights.bits if weights else None, "input_bits": inputs.bits if inputs else None}
+    row: TableRow = {
+        "layer": name,
+        "weight_bits": weights.bits if weights else None,
+        "input_bits": inputs.bits if inputs else None,
+    }
     with torch.no_grad():
         row["step"] = float(weights.scale.mean()) if weights else None
         row["weight_mse"] = float((weights(weight) - weight).square().mean()) if weights else None
@@ -128,4 +130,3 @@ def _row(name: str, layer: QuantLayer, x: Tensor | None, ratio: tuple[float, flo
         row["clip_fraction"] = inputs.clip_fraction(x) if seen else None  # type: ignore[union-attr,arg-type]
     row["R"], row["R_without_scale"] = ratio if ratio else (None, None)
     return row
-

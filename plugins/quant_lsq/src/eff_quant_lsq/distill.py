@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from eff.data import Batch
-from eff.run import Loss, Run
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from eff.data import Batch
+from eff.run import Loss, Run
 
 
 def with_teacher(loss: Loss, teacher: nn.Module, run: Run) -> Loss:

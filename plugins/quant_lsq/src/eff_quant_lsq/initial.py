@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from eff_quant_kit.observers import minmax_affine, mse_affine
 from torch import Tensor
 
+from eff_quant_kit.observers import minmax_affine, mse_affine
 from eff_quant_lsq.config import LSQConfig
 
 

@@ -6,6 +6,8 @@ import copy
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from eff.errors import DataError, RunError
 from eff.run import Run
 from eff_quant_kit.layers import (
@@ -21,8 +23,6 @@ from eff_quant_kit.layers import (
     replace_module,
 )
 from eff_quant_kit.quantizer import Quantizer
-from torch import Tensor, nn
-
 from eff_quant_lsq.config import LSQConfig
 from eff_quant_lsq.initial import gradient_scale, lsq_plus_input, lsq_plus_weight_step, lsq_step
 
@@ -47,7 +47,9 @@ def insert_quantizers(model: nn.Module, config: LSQConfig, structure: dict[str, 
     if not run.restoring:
         batch = next(iter(run.batches("train", config.init_batch, config.init_batch)), None)
         if batch is None:
-            raise DataError(f"{PLUGIN}: the training split is empty; input steps are initialised from data, use ?train=N above 0")
+            raise DataError(
+                f"{PLUGIN}: the training split is empty; input steps are initialised from data, use ?train=N above 0"
+            )
         weighted = {name: module for name, module in found.items() if not is_matmul(module)}
         order = execution_order(model, weighted, lambda: run.forward(model, batch))
         structure.update(first=order[0], last=order[-1], signed={}, act_count={})
@@ -64,7 +66,9 @@ def insert_quantizers(model: nn.Module, config: LSQConfig, structure: dict[str, 
     return model
 
 
-def _quantized(name: str, module: nn.Module, config: LSQConfig, structure: dict[str, Any], first_last: bool) -> nn.Module:
+def _quantized(
+    name: str, module: nn.Module, config: LSQConfig, structure: dict[str, Any], first_last: bool
+) -> nn.Module:
     weight_bits = config.first_last_bits if first_last else config.weight_bits
     act_bits = config.first_last_bits if first_last else config.act_bits
 
@@ -100,14 +104,18 @@ def _prepare_weights(model: nn.Module, config: LSQConfig, run: Run) -> None:
                 else lsq_step(weight, quantizer.q_max, quantizer.axis)
             )
             if quantizer.set_scale(step):
-                run.warn(f"{PLUGIN}: {quantizer.name}: the weights are all zero (in a channel); its step starts at the floor")
+                run.warn(
+                    f"{PLUGIN}: {quantizer.name}: the weights are all zero (in a channel); its step starts at the floor"
+                )
 
 
 def _initialise_inputs(model: nn.Module, config: LSQConfig, structure: dict[str, Any], run: Run, batch: Any) -> None:
     def initialise(quantizer: Quantizer, x: Tensor) -> None:
         x = x.detach()
         if not bool(torch.isfinite(x).all()):
-            raise RunError(f"{PLUGIN}: {quantizer.name}: the first batch holds NaN or infinity; check the data and the model")
+            raise RunError(
+                f"{PLUGIN}: {quantizer.name}: the first batch holds NaN or infinity; check the data and the model"
+            )
         quantizer.set_signed(_is_signed(config, x))
         if quantizer.signed and config.narrow_range:
             quantizer.narrow_range = True

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from eff.method import Card, Check, Claim, Method, hookimpl
 from eff.schemas import Metrics, TrainOptions
-
 from eff_quant_lsq.config import LSQConfig
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from eff.data import Data
     from eff.run import Run, Step, StepResult
     from eff.schemas import Artifact, ExportTarget
-    from torch import nn
 
 
 class LSQ(Method[LSQConfig]):
@@ -22,14 +22,25 @@ class LSQ(Method[LSQConfig]):
 
     card: ClassVar = Card(
         title="Learned Step Size Quantization",
-        authors=("Steven K. Esser", "Jeffrey L. McKinstry", "Deepika Bablani", "Rathinakumar Appuswamy", "Dharmendra S. Modha"),
+        authors=(
+            "Steven K. Esser",
+            "Jeffrey L. McKinstry",
+            "Deepika Bablani",
+            "Rathinakumar Appuswamy",
+            "Dharmendra S. Modha",
+        ),
         venue="ICLR",
         year=2020,
         paper="arXiv:1902.08153",
         url="https://arxiv.org/abs/1902.08153",
         needs=("train_data",),
         formats=("packed", "onnx"),
-        composes_with=("distillation", "pruning before it", "adapters on the quantized base", "optimisers without a trust ratio per tensor"),
+        composes_with=(
+            "distillation",
+            "pruning before it",
+            "adapters on the quantized base",
+            "optimisers without a trust ratio per tensor",
+        ),
         conflicts_with=("quant_*",),
         notes="offset=true is LSQ+ (Bhalgat et al., CVPR workshops 2020, arXiv:2004.09576).",
     )
@@ -80,7 +91,6 @@ class LSQ(Method[LSQConfig]):
     def train_step(self, step: Step) -> Generator[None, StepResult, StepResult]:
         """Add the teacher's term to the loss; keep the steps positive afterwards."""
         from eff_quant_kit.quantizer import keep_scales_positive
-
         from eff_quant_lsq.distill import with_teacher
 
         if self.teacher is not None:

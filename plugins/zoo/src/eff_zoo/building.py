@@ -6,11 +6,11 @@ import importlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from eff.errors import ModelError, RequestError, did_you_mean, raise_problems
-from eff.seeding import derive_seed
 from pydantic import ValidationError
 from torch import nn
 
+from eff.errors import ModelError, RequestError, did_you_mean, raise_problems
+from eff.seeding import derive_seed
 from eff_zoo.options import ZooOptions
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ class DigitsCNNOptions(ZooOptions):
     """Options of zoo:digits_cnn."""
 
     in_channels: int = Field(1, ge=1, description="Channels of the images; unset: the task's.")
+    width: int = Field(8, ge=1, description="Channels of the first convolution; the others have twice as many.")
 
 
 class DigitsCNN(nn.Module):
@@ -23,17 +24,18 @@ class DigitsCNN(nn.Module):
 
     def __init__(self, options: DigitsCNNOptions):
         super().__init__()
-        self.conv1 = nn.Conv2d(options.in_channels, 8, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(8)
+        narrow, wide = options.width, 2 * options.width
+        self.conv1 = nn.Conv2d(options.in_channels, narrow, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(narrow)
         self.relu1 = nn.ReLU()
-        self.conv2 = nn.Conv2d(8, 16, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(16)
+        self.conv2 = nn.Conv2d(narrow, wide, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(wide)
         self.relu2 = nn.ReLU()
-        self.conv3 = nn.Conv2d(16, 16, 3, padding=1, bias=False)
-        self.bn3 = nn.BatchNorm2d(16)
+        self.conv3 = nn.Conv2d(wide, wide, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(wide)
         self.relu3 = nn.ReLU()
         self.pool = nn.AdaptiveMaxPool2d(2)
-        self.linear = nn.Linear(4 * 16, options.num_classes)
+        self.linear = nn.Linear(4 * wide, options.num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

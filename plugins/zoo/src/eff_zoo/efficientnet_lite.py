@@ -12,10 +12,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from eff.errors import MissingDependencyError
 from pydantic import model_validator
 from torch import Tensor, nn
 
+from eff.errors import MissingDependencyError
 from eff_zoo.options import IMAGENET_MEAN, IMAGENET_STD, Field, ZooOptions
 
 _STAGES = (

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 from eff.method import Extension, hookimpl
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from eff.run import Run
     from eff.schemas import ModelSpec
-    from torch import nn
 
 
 class Zoo(Extension):

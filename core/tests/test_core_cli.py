@@ -1,0 +1,177 @@
+"""The command line: help, exit codes, where output goes, and all faults of a request at once."""
+
+import json
+
+import pytest
+from typer.main import get_command
+
+from eff.cli import main
+from eff.cli.app import app
+from eff.options import check_config, split_assignments
+from eff.schemas import DataSpec
+from eff.testing.samples import DATA, MODEL
+
+
+def run(capsys, *arguments):
+    """Run the command; return exit code, stdout, stderr."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(item) for item in arguments])
+    out, err = capsys.readouterr()
+    return caught.value.code or 0, out, err
+
+
+COMMANDS = [
+    "list-plugins",
+    "info",
+    "apply",
+    "train",
+    "evaluate",
+    "predict",
+    "export",
+    "bench",
+    "compare",
+    "verify",
+    "new",
+    "check",
+    "doctor",
+    "demo",
+]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_an_example(capsys, name):
+    code, out, _ = run(capsys, name, "--help")
+    assert code == 0 and f"Example: eff {name}" in out
+
+
+def test_no_command_is_missing_from_this_list():
+    assert set(COMMANDS) == set(get_command(app).commands)
+
+
+def test_train_apply_evaluate_predict_from_the_shell(capsys, tmp_path, install, method_code):
+    install("quant_made", method_code("@hookimpl\ndef transform(self, model, run): return model"))
+    folder = tmp_path / "a"
+    code, out, _ = run(capsys, "train", MODEL, "--data", DATA, "--epochs", 1, "--out", folder, "--json")
+    assert code == 0 and json.loads(out)["training"]["steps"] == 4
+    code, out, _ = run(
+        capsys, "apply", "quant_made", folder, "-o", "strength=5", "--epochs", 1, "--out", tmp_path / "b"
+    )
+    assert code == 0 and "before" in out and "after" in out
+    report = json.loads((tmp_path / "b" / "report.json").read_text())
+    assert report["methods"][0]["config"] == {"strength": 5}
+    code, out, _ = run(capsys, "evaluate", tmp_path / "b", "--json")
+    assert code == 0 and "accuracy" in json.loads(out)["metrics"]["values"]
+    from PIL import Image
+
+    Image.new("L", (8, 8), 128).save(tmp_path / "photo.png")
+    code, out, _ = run(capsys, "predict", tmp_path / "b", tmp_path / "photo.png", "--json")
+    assert code == 0 and len(json.loads(out)[0]["rows"]) == 4
+
+
+def test_dry_run_prints_the_recipe_and_touches_nothing(capsys, tmp_path, install, method_code, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    install("quant_made", method_code())
+    before = sorted(tmp_path.iterdir())
+    code, out, _ = run(capsys, "apply", "quant_made", "gone.pt", "--lr", 0.5, "--dry-run")
+    assert code == 0 and "lr: 0.5" in out and "transform with quant_made 0.3" in out
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_all_wrong_options_are_reported_together_with_suggestions(capsys, install, method_code, tmp_path):
+    install("quant_made", method_code())
+    code, out, err = run(
+        capsys, "apply", "quant_made", MODEL, "-o", "strenght=2", "-o", "strength=12", "--out", tmp_path / "x"
+    )
+    assert code == 2 and out == ""
+    assert "quant_made: option 'strenght' is unknown; did you mean 'strength'?" in err
+    assert "quant_made: strength must be between 1 and 9, got 12" in err
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_unknown_plugin_exits_with_2(capsys):
+    code, _, err = run(capsys, "apply", "quant_nope", "model.pt")
+    assert code == 2 and err.startswith("eff: plugin 'quant_nope' is not installed")
+
+
+def test_an_option_out_of_range_names_the_flag(capsys, install, method_code):
+    install("quant_made", method_code())
+    code, _, err = run(capsys, "apply", "quant_made", "m.pt", "--epochs", -1, "--seed", -5, "--dry-run")
+    assert code == 2 and "--epochs: input should be greater than or equal to 0" in err and "--seed:" in err
+
+
+def test_a_failed_run_exits_with_1(capsys, tmp_path):
+    code, _, err = run(capsys, "train", MODEL, "--data", DATA, "--epochs", 2, "--lr", 1e30, "--out", tmp_path / "x")
+    assert code == 1 and "the loss is" in err
+
+
+def test_info_shows_options_and_schema(capsys, install, method_code):
+    install("quant_made", method_code())
+    code, out, _ = run(capsys, "info", "quant_made")
+    assert code == 0 and "strength" in out and "1..9" in out
+    code, out, _ = run(capsys, "info", "quant_made", "--schema")
+    assert json.loads(out)["properties"]["strength"]["maximum"] == 9
+
+
+def test_an_unknown_family_gets_a_suggestion(capsys):
+    code, _, err = run(capsys, "list-plugins", "--family", "quantt")
+    assert code == 2 and "did you mean 'quant'" in err
+
+
+def test_check_passes_a_good_plugin_and_fails_a_bad_one(capsys, install, method_code):
+    install("quant_made", method_code("@hookimpl\ndef transform(self, model, run): return model"))
+    code, out, _ = run(capsys, "check", "quant_made")
+    assert code == 0 and "0 failed" in out
+    install(
+        "quant_random",
+        method_code(
+            "@hookimpl\ndef transform(self, model, run):\n    import os, torch\n    with torch.no_grad(): model.fc.bias += int.from_bytes(os.urandom(2), 'big') / 65536\n    return model"
+        ),
+    )
+    code, out, _ = run(capsys, "check", "quant_random")
+    assert code == 1 and "draw random numbers" in out.replace("\n", " ")
+
+
+def test_a_claim_that_does_not_hold_exits_with_1_and_says_so(capsys, install, method_code):
+    claim = """
+    from eff.method import Claim, Check
+    claims = (Claim(id="c", statement="s", run="made_dummy_quant_made:measure", checks=(Check(left="a", right="b", margin=1.0),), paper="p", minutes=0.1, seeds=(0, 1)),)
+    """
+    module = install(
+        "quant_made",
+        method_code(claim)
+        + "\ndef measure(run): return {'a': [2.0 + s for s in run.seeds], 'b': [1.6 + s for s in run.seeds]}\n",
+    )
+    assert module == "made_dummy_quant_made"
+    code, out, _ = run(capsys, "verify", "quant_made", "--json")
+    (result,) = json.loads(out)
+    assert code == 1 and result["holds"] is False
+    assert result["checks"][0]["gap"] == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(
+    ("text", "again"),
+    [
+        ("digits", "digits"),
+        ("folder:a/b?train=5&seed=1", "folder:a/b?train=5&seed=1"),
+        ("x.npz", "npz:x.npz"),
+        ("C:\\data.npz", "npz:C:\\data.npz"),
+    ],
+)
+def test_data_specs_read_back_what_they_print(text, again):
+    assert str(DataSpec.parse(text)) == again
+    assert DataSpec.parse(again) == DataSpec.parse(text)
+
+
+def test_options_are_typed_by_the_schema(install, method_code):
+    from eff.registry import load_method
+
+    install(
+        "quant_made",
+        method_code(
+            config="names: tuple[str, ...] = Field((), description='n')\n    level: float | None = Field(1.0, description='l')"
+        ),
+    )
+    config_type = load_method("quant_made").config_type()
+    given = split_assignments(["names=a,b", "level=null"], ["quant_made"])["quant_made"]
+    config = check_config("quant_made", config_type, given)
+    assert config.names == ("a", "b") and config.level is None
