@@ -69,6 +69,7 @@ def test_a_file_is_split_80_to_20_and_a_test_file_is_all_test(tmp_path, pq):
     data = load_data(str(write_parquet(tmp_path / "test.parquet", [0, 1] * 5)))
     assert data.train is None and len(data.test) == 10
     assert len(load_data(f"parquet:{tmp_path / 'test.parquet'}?train=4").test) == 6
+    assert load_data(f"parquet:{tmp_path / 'test.parquet'}?test=4").train is None
 
 
 def test_labels_may_be_names(tmp_path, pq):

@@ -97,6 +97,8 @@ def open_model(request: ModelRequest, plugins: Plugins, log: Log | None = None) 
     seed_everything(request.seed, "build_model")
     if file and file.module is not None:
         model = file.module
+        if path is not None and path.suffix == ".pt2":
+            _allow_mode_changes(model)
     else:
         needed = {} if header else _wanted_options(spec, task)
         spec = spec.model_copy(update={"options": {**needed, **spec.options}})
@@ -214,6 +216,12 @@ def _module(made: Any, spec: ModelSpec) -> nn.Module:
     if not isinstance(made, nn.Module):
         raise ModelError(f"'{spec.source}': returned a {type(made).__name__}, not an nn.Module")
     return made
+
+
+def _allow_mode_changes(model: nn.Module) -> None:
+    """Let an exported program be asked for eval mode; its graph has one mode and refuses by default."""
+    model.train = lambda mode=True: model  # type: ignore[method-assign,assignment,misc]
+    model.eval = lambda: model  # type: ignore[method-assign]
 
 
 def _library(name: str, spec: ModelSpec) -> Any:

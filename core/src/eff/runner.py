@@ -22,7 +22,7 @@ from eff.exporting import export, file_name, make_header
 from eff.files import IN_PROGRESS, check_output_folder, check_space, describe_artifact, make_output_folder, write_text
 from eff.log import Log
 from eff.measure import measure
-from eff.models import ModelRequest, OpenModel, open_model
+from eff.models import ModelRequest, OpenModel, file_of, open_model
 from eff.run import Run
 from eff.schemas import (
     CORE_TRAINING,
@@ -395,10 +395,12 @@ def _bytes_of(model: nn.Module) -> int:
 
 
 def default_out(model: str, methods: Sequence[MethodUse]) -> Path:
-    """Return the run folder where none was named, e.g. `model-quant_lsq`, beside nothing, in the current folder."""
+    """Return the run folder where none was named, e.g. `digits-quant_lsq`, in the current folder."""
     path = Path(model)
-    stem = path.name if path.is_dir() else path.stem
-    if stem == "model" and path.parent.name:
-        stem = path.parent.name
-    stem = stem.rpartition(":")[2].partition("?")[0] or "model"
-    return Path("-".join([stem, *(use.name for use in methods)]))
+    if file_of(model) is None:
+        stem = model.partition("?")[0].rpartition(":")[2]
+    elif path.is_dir() or path.stem != "model":
+        stem = path.stem
+    else:
+        stem = path.resolve().parent.name
+    return Path("-".join([stem or "model", *(use.name for use in methods)]))

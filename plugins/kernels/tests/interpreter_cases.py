@@ -62,3 +62,21 @@ def test_the_reduction_repeats_bit_for_bit():
     x, g = (torch.randn(10_000, generator=generator) for _ in range(2))
     first, second = (triton_kernel.backward(g, x, torch.tensor(0.1), None, -8, 7, -1)[1] for _ in range(2))
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("value", [float("nan"), 0.0])
+def test_a_broken_scale_shows_as_nan(value):
+    x, scale = torch.tensor([0.0]), torch.tensor(value)
+    assert reference.forward(x, scale, None, -8, 7, -1).isnan()
+    assert triton_kernel.forward(x, scale, None, -8, 7, -1).isnan()
+
+
+@pytest.mark.parametrize("dim", [-1, 0, 1, 3])
+def test_channels_last_keeps_its_strides_and_values(dim):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 4, 5, generator=generator).to(memory_format=torch.channels_last)
+    g = torch.randn(2, 3, 4, 5, generator=generator)
+    scale = 0.1 + torch.rand(() if dim < 0 else (x.shape[dim],), generator=generator)
+    compare(x, g, scale, None, dim)
+    assert triton_kernel.forward(x, scale, None, -8, 7, dim).stride() == x.stride()
+    assert triton_kernel.backward(g, x, scale, None, -8, 7, dim)[0].stride() == x.stride()

@@ -10,6 +10,7 @@ from eff_kernels.dispatch import choose
 from eff_kernels.fake_quant import cpu, fake_quant, reference
 
 PATHS = ["reference", "cpu"]
+SUM_ATOL = 2e-2  # float32 sums of up to 2e5 terms, added in another order
 
 
 def detach_form(x, scale, q_min, q_max, offset, grad_scale, shape):
@@ -196,3 +197,85 @@ def test_an_unknown_path_is_refused(monkeypatch):
     monkeypatch.setenv("EFF_KERNELS", "fast")
     with pytest.raises(ValueError, match="EFF_KERNELS is 'fast'; it must be one of auto, reference, cpu, triton"):
         choose(torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((200_000,), None), ((300, 700), 0), ((1, 200_000), 0), ((4, 3, 160, 160), 1)]
+)
+@pytest.mark.parametrize("with_offset", [False, True])
+def test_a_tensor_of_many_pieces_has_the_reference_gradients(shape, axis, with_offset):
+    generator = torch.Generator().manual_seed(2)
+    x, g = (torch.randn(shape, generator=generator) for _ in range(2))
+    channels = () if axis is None else (shape[axis],)
+    s, beta = (0.1 + torch.rand(channels, generator=generator) for _ in range(2))
+    arguments = (s, beta if with_offset else None, -8, 7, -1 if axis is None else axis)
+    own, exact = cpu.backward(g, x, *arguments), reference.backward(g, x, *arguments)
+    assert torch.equal(own[0], exact[0])
+    for mine, other in list(zip(own, exact, strict=True))[1 : 3 if with_offset else 2]:
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=SUM_ATOL)
+
+
+@pytest.mark.parametrize("size", [4, 200_000])
+def test_an_infinite_gradient_of_a_clipped_value_does_not_reach_x(path, size):
+    x, g = torch.zeros(size), torch.ones(size)
+    x[1], g[1], x[2] = 9.0, float("inf"), float("nan")
+    found = (
+        reference.backward(g, x, torch.tensor(1.0), None, -8, 7, -1)
+        if path == "reference"
+        else cpu.backward(g, x, torch.tensor(1.0), None, -8, 7, -1)
+    )
+    assert found[0][:4].tolist() == [1.0, 0.0, 0.0, 1.0]
+
+
+def test_zeros_pass_the_gradient_when_the_range_starts_at_zero(path):
+    x = torch.tensor([0.0, -1e-6, 15.0, 15.001], requires_grad=True)
+    fake_quant(x, torch.tensor(1.0), 0, 15).sum().backward()
+    assert x.grad.tolist() == [1.0, 0.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "transposed", "sliced", "expanded"])
+def test_output_strides_are_those_promised_to_the_compiler(path, layout):
+    base = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    x = {
+        "channels_last": base.to(memory_format=torch.channels_last), "transposed": base.transpose(1, 3),
+        "sliced": base[..., ::2], "expanded": base[:1].expand(5, 3, 4, 4),
+    }[layout].detach().requires_grad_()  # fmt: skip
+    s = torch.full((x.shape[1],), 0.2, requires_grad=True)
+    out = fake_quant(x, s, -8, 7, axis=1)
+    assert out.stride() == torch.empty_like(x).stride()
+    torch.library.opcheck(torch.ops.eff.fake_quant.default, (x, s, None, -8, 7, 1, 1.0), test_utils="test_faketensor")
+
+
+def test_eager_and_registered_operator_give_the_same_gradients(path):
+    x = torch.randn(50, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    s = torch.tensor(0.2, requires_grad=True)
+    eager = torch.autograd.grad(fake_quant(x, s, -8, 7, grad_scale=0.5).sum(), (x, s))
+    registered = torch.autograd.grad(torch.ops.eff.fake_quant(x, s, None, -8, 7, -1, 0.5).sum(), (x, s))
+    assert all(torch.equal(one, other) for one, other in zip(eager, registered, strict=True))
+
+
+def test_differentiating_twice_is_refused():
+    x = torch.randn(5, requires_grad=True)
+    (grad,) = torch.autograd.grad(fake_quant(x, torch.tensor(0.2), -8, 7).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_levels_that_float32_cannot_round_are_refused():
+    with pytest.raises(ValueError, match=r"levels must lie within \+-4194304, got 0 and 16777216"):
+        fake_quant(torch.ones(2), torch.tensor(1.0), 0, 2**24)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [
+        (torch.float32, "the tensor is on the CPU; set TRITON_INTERPRET=1"),
+        (torch.float64, "no Triton kernel for torch.float64"),
+    ],
+)
+def test_forcing_triton_where_it_cannot_run_says_why(monkeypatch, dtype, message):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("EFF_KERNELS", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=message):
+        fake_quant(torch.ones(2, dtype=dtype), torch.tensor(1.0), -8, 7)

@@ -175,10 +175,9 @@ def _split(spec: DataSpec, options: ImageOptions, found: Found) -> tuple[Labelle
         )
     total = len(found.whole.labels)
     train = options.train
-    if train is None and options.test is not None:
-        train = max(0, total - options.test)
     if train is None:
-        train = round(total * found.train_share)
+        asks_test = options.test is not None and found.train_share > 0
+        train = max(0, total - (options.test or 0)) if asks_test else round(total * found.train_share)
     if train + (options.test or 0) > total:
         raise DataError(
             f"data '{spec}': there are {total} images in all; train={options.train or 0} and "

@@ -15,6 +15,9 @@ from eff_kernels.fake_quant import library
 
 __all__ = ["fake_quant"]
 
+MAX_LEVEL = 2**22
+"""Largest level: the Triton kernel rounds by adding 1.5 * 2^23, exact for float32 up to here."""
+
 
 def fake_quant(
     x: Tensor,
@@ -49,12 +52,14 @@ def fake_quant(
 
     Raises:
         TypeError: `x` is not floating point.
-        ValueError: the range is empty, the axis does not exist, or a shape does not fit.
+        ValueError: the range is empty or beyond +-2^22, the axis does not exist, or a shape does not fit.
     """
     if not x.is_floating_point():
         raise TypeError(f"fake_quant needs a floating-point tensor, got {x.dtype}")
     if q_min >= q_max:
         raise ValueError(f"q_min must be below q_max, got {q_min} and {q_max}")
+    if max(-q_min, q_max) > MAX_LEVEL:
+        raise ValueError(f"levels must lie within +-{MAX_LEVEL}, got {q_min} and {q_max}")
     if axis is not None and not -x.ndim <= axis < x.ndim:
         raise ValueError(f"axis {axis} does not exist in a tensor of {x.ndim} dimensions")
     wanted = () if axis is None else (x.shape[axis],)
@@ -64,5 +69,4 @@ def fake_quant(
     dim = -1 if axis is None else axis % x.ndim
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     beta = None if offset is None else offset.to(wide)
-    result: Tensor = library.fake_quant_op(x, scale.to(wide), beta, q_min, q_max, dim, grad_scale)
-    return result
+    return library.run(x, scale.to(wide), beta, q_min, q_max, dim, grad_scale)

@@ -33,11 +33,11 @@ def forward_kernel(
     beta = tl.zeros_like(s)
     if HAS_OFFSET:
         beta = tl.load(offset_ptr + channel, mask=mask, other=0.0)
-    u = tl.div_rn(x - beta, s)
-    nan = u != u
-    u = tl.where(nan, 0.0, tl.minimum(tl.maximum(u, Q_MIN), Q_MAX))
+    u_raw = tl.div_rn(x - beta, s)
+    nan = u_raw != u_raw  # also from a NaN or zero scale: it must not look like a quantized value
+    u = tl.where(nan, 0.0, tl.minimum(tl.maximum(u_raw, Q_MIN), Q_MAX))
     level = (u + _ROUND) - _ROUND
-    out = tl.where(nan, x, level * s + beta)
+    out = tl.where(nan, u_raw, level * s + beta)
     tl.store(out_ptr + index, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -92,13 +92,19 @@ def _view(x: Tensor, dim: int) -> tuple[int, int, int]:
     return outer, x.shape[dim], x.shape[dim + 1 :].numel()
 
 
+def _storage_order(like: Tensor) -> list[int]:
+    """Return the permutation of dimensions that makes a dense tensor (of `empty_like`) contiguous."""
+    return sorted(range(like.ndim), key=lambda index: -like.stride(index))
+
+
 def forward(x: Tensor, scale: Tensor, offset: Tensor | None, q_min: int, q_max: int, dim: int) -> Tensor:
-    """Return the fake-quantized values; one read and one write of `x`."""
-    x = x.contiguous()
-    out = torch.empty_like(x)
+    """Return the fake-quantized values; one read and one write of `x`, also when it is channels-last."""
+    out = torch.empty_like(x)  # strides as the fake implementation promises them to torch.compile
     if x.numel() == 0:
         return out
-    _, channels, inner = _view(x, dim)
+    order = _storage_order(out)
+    x = x.permute(order).contiguous()
+    _, channels, inner = _view(x, order.index(dim) if dim >= 0 else dim)
     beta = scale if offset is None else offset.contiguous()
     forward_kernel[(triton.cdiv(x.numel(), BLOCK),)](
         x, scale.contiguous(), beta, out, x.numel(), channels, inner,
@@ -111,12 +117,13 @@ def backward(
     grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor | None, q_min: int, q_max: int, dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x, scale and offset (the last two before `grad_scale`)."""
-    x, grad, scale = x.contiguous(), grad.contiguous(), scale.contiguous()
     d_x = torch.empty_like(x)
     d_scale, d_offset = torch.zeros_like(scale), torch.zeros_like(scale)
     if x.numel() == 0:
         return d_x, d_scale, d_offset
-    outer, channels, inner = _view(x, dim)
+    order = _storage_order(d_x)
+    x, grad, scale = x.permute(order).contiguous(), grad.permute(order).contiguous(), scale.contiguous()
+    outer, channels, inner = _view(x, order.index(dim) if dim >= 0 else dim)
     per_channel = outer * inner
     blocks = triton.cdiv(per_channel, BLOCK)
     blocks_per_part = triton.cdiv(blocks, MAX_PARTS)
