@@ -207,7 +207,11 @@ def test_the_seed_decides_the_weights_and_leaves_the_global_generator_alone():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("cifar_resnet_20", {}, "there is no such model; did you mean 'cifar_resnet20'?; the zoo has digits_cnn, cifar"),
+        (
+            "cifar_resnet_20",
+            {},
+            "there is no such model; did you mean 'cifar_resnet20'?; the zoo has digits_cnn, cifar",
+        ),
         ("vit_tiny", {"pathc_size": 4}, "option 'pathc_size' is unknown; did you mean 'patch_size'?; options are num"),
         ("vit_tiny", {"dim": 100}, "dim 100 is no multiple of heads 3"),
         ("vit_tiny", {"image_size": 33}, "image_size 33 is no multiple of patch_size 4"),

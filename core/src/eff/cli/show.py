@@ -54,6 +54,8 @@ def metric_text(metric: Metric | None) -> str:
     """Return a metric with its unit."""
     if metric is None:
         return "-"
+    if metric.unit == "B":
+        return size_text(int(metric.value))
     number = f"{metric.value:.2f}" if abs(metric.value) >= 1 or metric.value == 0 else f"{metric.value:.3g}"
     return f"{number} {metric.unit}".rstrip()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -104,7 +105,8 @@ def listing_and_import_need_no_torch(plugin: str) -> None:
     """plugin.py and config.py import no torch."""
     target = find(plugin).target.partition(":")[0]
     code = f"import sys, {target}; sys.exit(3 if 'torch' in sys.modules else 0)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode != 3, f"importing {target} imports torch; import it inside the hooks"
     assert done.returncode == 0, done.stderr.strip().splitlines()[-1]
 
