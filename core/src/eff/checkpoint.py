@@ -204,7 +204,8 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], where: str, what: 
         ModelError: keys are missing, left over, or of another shape; the first few are named.
     """
     own = model.state_dict()
-    missing = [key for key in own if key not in state]
+    # Files from before torch 0.4.1 lack the batch counters; they only matter to a cumulative average.
+    missing = [key for key in own if key not in state and not key.endswith(".num_batches_tracked")]
     unexpected = [key for key in state if key not in own]
     shapes = [
         f"'{key}' is {tuple(state[key].shape)} in the file and {tuple(own[key].shape)} in the model"
@@ -218,7 +219,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], where: str, what: 
     ]
     if faults:
         raise ModelError(f"{where}: the weights do not fit {what}: {'; '.join(faults)}; name the right --arch")
-    model.load_state_dict(dict(state))
+    model.load_state_dict({**own, **state})
 
 
 def _name(label: str, keys: list[str]) -> str:

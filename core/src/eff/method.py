@@ -153,7 +153,7 @@ class Extension:
     models: ClassVar[Mapping[str, str]] = {}
     """Model sources by full name with a one-line description, for listings and suggestions."""
     data_sources: ClassVar[Mapping[str, str]] = {}
-    """Scheme -> function(spec: DataSpec) -> Data."""
+    """Scheme -> function(spec: DataSpec, task: TaskSpec | None) -> Data."""
     tasks: ClassVar[Mapping[str, str]] = {}
     """Name -> subclass of eff.tasks.Task."""
     optimizers: ClassVar[Mapping[str, str]] = {}

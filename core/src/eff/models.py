@@ -92,7 +92,7 @@ def open_model(request: ModelRequest, plugins: Plugins, log: Log | None = None) 
     if task_spec is None:
         raise ModelError(f"{request.model}: says nothing about its task; add --data, e.g. --data digits")
     task = make_task(task_spec, plugins)
-    run = Run(task=task, device=request.device, seed=request.seed, log=log or Log(), restoring=True)
+    run = Run(task=task, device=request.device, seed=request.seed, log=log or Log(), restoring=header is not None)
     spec = _spec_of(request, file)
     seed_everything(request.seed, "build_model")
     if file and file.module is not None:
@@ -106,6 +106,8 @@ def open_model(request: ModelRequest, plugins: Plugins, log: Log | None = None) 
     if header is None:
         task = _with_model_options(task, model, plugins)
         run.task = task
+        if data_text and task.spec != task_spec:  # the model wants e.g. another image size
+            data = load_data(DataSpec.parse(data_text), task.spec, plugins.added("data_sources"))
     model.to(request.device)
     applied = choose_applied(header.methods) if header else []
     run.model_spec = spec

@@ -7,9 +7,10 @@ No paper; each convolution is 3 x 3 without bias, followed by batch normalisatio
 
 from __future__ import annotations
 
+from pydantic import Field
 from torch import Tensor, nn
 
-from eff_zoo.options import Field, ZooOptions
+from eff_zoo.options import ZooOptions
 
 
 class DigitsCNNOptions(ZooOptions):

