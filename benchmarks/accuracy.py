@@ -61,7 +61,9 @@ def cifar(shared: Path, train: int) -> list[tuple[str, Recipe]]:
 
 def photos(shared: Path) -> list[tuple[str, Recipe]]:
     """Return EfficientNet-Lite0 at 8 bits, initialised on 256 photos, without training."""
-    use = MethodUse(name="quant_lsq", options={"weight_bits": 8, "act_bits": 8, "per_channel_weight": True, "offset": True})
+    use = MethodUse(
+        name="quant_lsq", options={"weight_bits": 8, "act_bits": 8, "per_channel_weight": True, "offset": True}
+    )
     recipe = Recipe(
         model="zoo:efficientnet_lite0?pretrained=true",
         data=f"folder:{shared / 'data' / 'imagenet1k_samples'}?train=256&seed=0",

@@ -1,0 +1,3 @@
+"""{{ cookiecutter.summary }}."""
+
+__version__ = "0.1.0"
