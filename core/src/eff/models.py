@@ -222,7 +222,7 @@ def _module(made: Any, spec: ModelSpec) -> nn.Module:
 
 def _allow_mode_changes(model: nn.Module) -> None:
     """Let an exported program be asked for eval mode; its graph has one mode and refuses by default."""
-    model.train = lambda mode=True: model  # type: ignore[method-assign,assignment,misc]
+    model.train = lambda mode=True: model  # type: ignore[method-assign]
     model.eval = lambda: model  # type: ignore[method-assign]
 
 
