@@ -273,12 +273,7 @@ def test_onnxruntime_and_the_packed_file_give_the_same_predictions(options, tmp_
 def test_training_reduces_the_loss(run):
     from eff.session import Chosen, Plugins
 
-    run.train = (
-        LSQ(LSQConfig(weight_bits=3, act_bits=3, lr=0.05))
-        .training()
-        .over(CORE_TRAINING)
-        .model_copy(update={"epochs": 8})
-    )
-    model, method = transformed(run, weight_bits=3, act_bits=3, lr=0.05)
+    run.train = CORE_TRAINING.model_copy(update={"epochs": 12, "batch_size": 32})
+    model, method = transformed(run)
     summary = Training(model, run, Plugins([Chosen("quant_lsq", "", "", method)], extensions=())).run_all()
     assert summary.loss[-1] < 0.8 * summary.loss[0]

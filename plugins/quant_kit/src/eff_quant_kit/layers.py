@@ -132,7 +132,7 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     for parent in list(model.modules()):
         if parent is new:
             continue
-        for key, child in list(parent.named_children()):
+        for key, child in list(parent._modules.items()):  # named_children() skips a second name of one module
             if child is old:
                 setattr(parent, key, new)
 
