@@ -270,10 +270,10 @@ def test_onnxruntime_and_the_packed_file_give_the_same_predictions(options, tmp_
     )
 
 
-def test_training_reduces_the_loss(run):
+def test_eight_bits_learn_from_scratch_like_float(run):
     from eff.session import Chosen, Plugins
 
     run.train = CORE_TRAINING.model_copy(update={"epochs": 12, "batch_size": 32})
-    model, method = transformed(run)
+    model, method = transformed(run, weight_bits=8, act_bits=8)
     summary = Training(model, run, Plugins([Chosen("quant_lsq", "", "", method)], extensions=())).run_all()
     assert summary.loss[-1] < 0.8 * summary.loss[0]
