@@ -139,6 +139,12 @@ def test_attention_products_are_quantized_when_asked():
     )
 
 
+def test_minmax_steps_cover_the_whole_range(run):
+    model, _ = transformed(run, init="minmax")
+    layer = quant_layers(model)["conv2"]
+    assert layer.weight_quantizer.scale.item() == pytest.approx(layer.layer.weight.abs().max().item() / 7)
+
+
 @pytest.mark.parametrize("bits", [1, 9, 17])
 def test_bits_out_of_range_are_refused(bits):
     with pytest.raises(ConfigError, match=f"quant_lsq: weight_bits must be between 2 and 8, got {bits}"):

@@ -22,6 +22,7 @@ from eff_quant_kit.layers import (
     quant_layers,
     replace_module,
 )
+from eff_quant_kit.observers import minmax_symmetric
 from eff_quant_kit.quantizer import Quantizer
 from eff_quant_lsq.config import LSQConfig
 from eff_quant_lsq.initial import gradient_scale, lsq_plus_input, lsq_plus_weight_step, lsq_step
@@ -98,15 +99,19 @@ def _prepare_weights(model: nn.Module, config: LSQConfig, run: Run) -> None:
         count = weight.numel() // quantizer.scale.numel()
         quantizer.grad_scale = gradient_scale(config, count, quantizer.q_max)
         if not run.restoring:
-            step = (
-                lsq_plus_weight_step(weight, quantizer.bits, quantizer.axis)
-                if config.offset
-                else lsq_step(weight, quantizer.q_max, quantizer.axis)
-            )
+            step = _weight_step(weight, quantizer, config)
             if quantizer.set_scale(step):
                 run.warn(
                     f"{PLUGIN}: {quantizer.name}: the weights are all zero (in a channel); its step starts at the floor"
                 )
+
+
+def _weight_step(weight: Tensor, quantizer: Quantizer, config: LSQConfig) -> Tensor:
+    if config.init == "minmax":
+        return minmax_symmetric(weight, quantizer.q_max, quantizer.axis)
+    if config.offset:
+        return lsq_plus_weight_step(weight, quantizer.bits, quantizer.axis)
+    return lsq_step(weight, quantizer.q_max, quantizer.axis)
 
 
 def _initialise_inputs(model: nn.Module, config: LSQConfig, structure: dict[str, Any], run: Run, batch: Any) -> None:
@@ -126,7 +131,8 @@ def _initialise_inputs(model: nn.Module, config: LSQConfig, structure: dict[str,
             scale, offset = lsq_plus_input(x, quantizer.q_min, quantizer.q_max, config.offset_init)
             at_floor = quantizer.set_scale(scale, offset)
         else:
-            at_floor = quantizer.set_scale(lsq_step(x, quantizer.q_max))
+            whole = config.init == "minmax"
+            at_floor = quantizer.set_scale((minmax_symmetric if whole else lsq_step)(x, quantizer.q_max))
         if at_floor:
             run.warn(f"{PLUGIN}: {quantizer.name}: the first batch is constant here; its step starts at the floor")
 
