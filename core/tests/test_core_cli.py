@@ -73,7 +73,7 @@ def test_dry_run_prints_the_recipe_and_touches_nothing(capsys, tmp_path, install
     install("quant_made", method_code())
     before = sorted(tmp_path.iterdir())
     code, out, _ = run(capsys, "apply", "quant_made", "gone.pt", "--lr", 0.5, "--dry-run")
-    assert code == 0 and "lr: 0.5" in out and "transform with quant_made 0.3" in out
+    assert code == 0 and "lr: 0.5" in out and "train with quant_made 0.3" in out
     assert sorted(tmp_path.iterdir()) == before
 
 

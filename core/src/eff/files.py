@@ -18,8 +18,13 @@ if TYPE_CHECKING:
 
     from eff.schemas import Artifact
 
+RECIPE_FILE = "recipe.yaml"
+REPORT_FILE = "report.json"
+MODEL_FILE = "model.pt"
+STATE_FILE = "resume.pt"
 IN_PROGRESS = "run.in-progress"
 """Marks a run folder whose run has not finished; it may be resumed or started anew."""
+CORE_FILES = (RECIPE_FILE, REPORT_FILE, MODEL_FILE, STATE_FILE, IN_PROGRESS)
 
 
 @contextmanager

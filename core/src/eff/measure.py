@@ -13,6 +13,8 @@ from torch import nn
 from eff.data import Data, move_batch, ordered_batches
 from eff.run import Run
 from eff.schemas import Measurement, Metrics
+from eff.session import DEFAULT
+from eff.tasks import NoTask
 
 if TYPE_CHECKING:
     from eff.session import Plugins
@@ -35,21 +37,25 @@ def task_metrics(model: nn.Module, data: Data, run: Run) -> Metrics:
 
 
 def measure(model: nn.Module, run: Run, plugins: Plugins, file_bytes: int | None = None) -> Measurement:
-    """Return quality (all `evaluate` hooks), size and latency of a model."""
-    assert run.data is not None
+    """Return quality (all `evaluate` hooks), size and latency of a model.
+
+    Without data the hooks of the methods get None; without a task there is no latency.
+    """
     parts = []
     for implementation in plugins.hook.evaluate.get_hookimpls():
+        if run.data is None and implementation.plugin_name == DEFAULT:
+            continue
         metrics = implementation.function(
             **{name: {"model": model, "data": run.data, "run": run}[name] for name in implementation.argnames}
         )
         parts.append((implementation.plugin_name, metrics or Metrics()))
-    latency = time_forward(model, run)
+    latency = time_forward(model, run) if run.task.name != NoTask.name else None
     return Measurement(
         metrics=Metrics.merge(parts),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         bytes=file_bytes if file_bytes is not None else state_bytes(model),
-        latency_ms=latency.median,
-        latency_p90_ms=latency.p90,
+        latency_ms=latency.median if latency else None,
+        latency_p90_ms=latency.p90 if latency else None,
     )
 
 

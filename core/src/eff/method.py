@@ -1,4 +1,4 @@
-"""What a plugin author imports: `Method`, `MethodConfig`, `Card`, `Claim`, `Extension`, `hookimpl`.
+"""What a plugin author imports: `Method`, `MethodConfig`, `Card`, `Claim`, `Sample`, `Extension`, `hookimpl`.
 
 Imports no torch, so that options can be checked and cards shown quickly.
 
@@ -25,7 +25,9 @@ from eff.schemas import Schema, TrainOptions
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Card", "Check", "Claim", "Extension", "Field", "Method", "MethodConfig", "hookimpl"]
+    from eff.run import Run
+
+__all__ = ["Card", "Check", "Claim", "Extension", "Field", "Method", "MethodConfig", "Sample", "hookimpl"]
 
 Need = Literal["train_data", "calibration_data", "test_data", "gpu"]
 
@@ -77,7 +79,7 @@ class Card(Schema):
     year: int
     paper: str = Field(description="Identifier, e.g. arXiv:1902.08153.")
     url: str
-    tasks: tuple[str, ...] = ("classification",)
+    tasks: tuple[str, ...] = Field(("classification",), description="Tasks by name; 'any' for all of them.")
     needs: tuple[Need, ...] = ()
     formats: tuple[str, ...] = Field((), description="Export formats that the method writes itself.")
     composes_with: tuple[str, ...] = Field((), description="Families or plugins, in words a user knows.")
@@ -88,6 +90,24 @@ class Card(Schema):
     def trains(self) -> bool:
         """Whether `eff apply` trains after `transform`."""
         return "train_data" in self.needs
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether a run cannot do without data."""
+        return any(need.endswith("_data") for need in self.needs)
+
+    def is_for(self, task: str) -> bool:
+        """Whether the method works on models of this task; "any" in `tasks` takes all."""
+        return "any" in self.tasks or task in self.tasks
+
+
+class Sample(Schema):
+    """The smallest run of a method that shows it at work, in seconds; what the contract suite runs."""
+
+    model: str
+    data: str | None = None
+    options: dict[str, JsonValue] = {}
+    train: TrainOptions = TrainOptions(epochs=1, batch_size=64)
 
 
 ConfigT = TypeVar("ConfigT", bound=MethodConfig)
@@ -106,6 +126,8 @@ class Method(Generic[ConfigT]):
     contract: ClassVar[int] = CONTRACT
     card: ClassVar[Card]
     claims: ClassVar[tuple[Claim, ...]] = ()
+    sample: ClassVar[Sample | None] = None
+    """What the contract suite runs; None: the tiny classifier of `eff.testing.samples`."""
 
     config: ConfigT
 
@@ -130,6 +152,23 @@ class Method(Generic[ConfigT]):
     def parameter_options(self, name: str, parameter: nn.Parameter) -> dict[str, Any]:
         """Return optimiser options that differ for one parameter, e.g. `{"weight_decay": 0.0}`."""
         return {}
+
+    def step_count(self, run: Run) -> int | None:
+        """Return how many steps the training has, where a step is not one batch of core's loader.
+
+        For federated rounds and the like: `train_step` then gets an empty batch and no optimizer, takes
+        its data from `run`, and core still does progress, checkpoints, resume and Ctrl-C around it.
+        None (the default): one step per batch.
+        """
+        return None
+
+    def finish(self, model: nn.Module, run: Run) -> nn.Module:
+        """Return the model to measure and ship; called once after training, in order of application.
+
+        Discretise, merge or fold here. Not called when a checkpoint is restored: what `transform` needs
+        to rebuild the finished structure goes into `self.structure`.
+        """
+        return model
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs besides the model's weights (tensors and plain values)."""

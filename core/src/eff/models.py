@@ -21,7 +21,7 @@ from eff.run import Run
 from eff.schemas import CheckpointHeader, DataSpec, ModelSpec, TaskSpec
 from eff.seeding import seed_everything
 from eff.session import Chosen, Plugins, choose_applied
-from eff.tasks import BUILT_IN, Task
+from eff.tasks import BUILT_IN, NoTask, Task
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,6 +72,7 @@ class ModelRequest:
     device: torch.device = torch.device("cpu")
     seed: int = 0
     needs_data: bool = True
+    needs_task: bool = True
 
 
 def open_model(request: ModelRequest, plugins: Plugins, log: Log | None = None) -> OpenModel:
@@ -90,7 +91,9 @@ def open_model(request: ModelRequest, plugins: Plugins, log: Log | None = None) 
         raise ModelError(f"{request.model}: names no data; add --data, e.g. --data digits")
     task_spec = given or (data.task if data else None)
     if task_spec is None:
-        raise ModelError(f"{request.model}: says nothing about its task; add --data, e.g. --data digits")
+        if request.needs_task:
+            raise ModelError(f"{request.model}: says nothing about its task; add --data, e.g. --data digits")
+        task_spec = TaskSpec(name=NoTask.name)
     task = make_task(task_spec, plugins)
     run = Run(task=task, device=request.device, seed=request.seed, log=log or Log(), restoring=header is not None)
     spec = _spec_of(request, file)
@@ -100,7 +103,7 @@ def open_model(request: ModelRequest, plugins: Plugins, log: Log | None = None) 
         if path is not None and path.suffix == ".pt2":
             _allow_mode_changes(model)
     else:
-        needed = {} if header else _wanted_options(spec, task)
+        needed = {} if header else _wanted_options(spec, task, plugins)
         spec = spec.model_copy(update={"options": {**needed, **spec.options}})
         model = build_model(spec, run, plugins)
     if header is None:
@@ -162,11 +165,16 @@ def _with_model_options(task: Task[Any], model: nn.Module, plugins: Plugins) -> 
     return make_task(spec.model_copy(update={"options": {**spec.options, **own}}), plugins)
 
 
-def _wanted_options(spec: ModelSpec, task: Task[Any]) -> dict[str, Any]:
-    """Return what the architecture must know of the task, as far as its factory takes it."""
+def _wanted_options(spec: ModelSpec, task: Task[Any], plugins: Plugins) -> dict[str, Any]:
+    """Return what the architecture must know of the task, so that the checkpoint remembers it.
+
+    The schemes of extensions get all of it; an importable factory takes what its signature names.
+    """
     options = task.model_options()
-    if spec.scheme in ("timm", "zoo"):
-        return {key: options[key] for key in options if key != "in_channels" or spec.scheme == "zoo"}
+    if spec.scheme == "timm":
+        return {"num_classes": options["num_classes"]} if "num_classes" in options else {}
+    if any(spec.scheme in extension.schemes for _, extension in plugins.extensions):
+        return options
     return {}
 
 
@@ -192,8 +200,10 @@ def build_from_library(spec: ModelSpec, run: Run) -> nn.Module | None:
         timm = _library("timm", spec)
         return _module(_call(timm.create_model, spec, spec.name), spec)
     if spec.scheme == "hf":
+        if not run.task.hub_class:
+            raise ModelError(f"'{spec.source}': hf: has no models for the task '{run.task.name}'; add --data")
         transformers = _library("transformers", spec)
-        return _module(_call(transformers.AutoModelForImageClassification.from_pretrained, spec, spec.name), spec)
+        return _module(_call(getattr(transformers, run.task.hub_class).from_pretrained, spec, spec.name), spec)
     if "." not in spec.scheme and spec.scheme != "__main__" and importlib.util.find_spec(spec.scheme) is None:
         return None
     try:

@@ -26,6 +26,22 @@ def read_value(text: str) -> JsonValue:
     return value
 
 
+def read_assignments(assignments: Sequence[str], flag: str) -> dict[str, JsonValue]:
+    """Return the values of texts like `betas=0.9,0.99`; commas make a list.
+
+    Raises:
+        ConfigError: a text has no '='.
+    """
+    values: dict[str, JsonValue] = {}
+    for text in assignments:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{flag} '{text}': write it as name=value, e.g. {flag} betas=0.9,0.99")
+        read = read_value(value)
+        values[key] = [read_value(part) for part in read.split(",")] if isinstance(read, str) and "," in read else read
+    return values
+
+
 def split_assignments(assignments: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, JsonValue]]:
     """Return the options of each method from texts like `bits=3` or `quant_lsq.bits=3`.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 import time
 from collections.abc import Sequence
@@ -16,10 +17,22 @@ from pydantic import ValidationError
 from torch import nn
 
 import eff
+from eff import distributed
 from eff.checkpoint import save_checkpoint
 from eff.errors import DataError, PluginError, RequestError, did_you_mean, raise_problems
 from eff.exporting import export, file_name, make_header
-from eff.files import IN_PROGRESS, check_output_folder, check_space, describe_artifact, make_output_folder, write_text
+from eff.files import (
+    IN_PROGRESS,
+    MODEL_FILE,
+    RECIPE_FILE,
+    REPORT_FILE,
+    STATE_FILE,
+    check_output_folder,
+    check_space,
+    describe_artifact,
+    make_output_folder,
+    write_text,
+)
 from eff.log import Log
 from eff.measure import measure
 from eff.models import ModelRequest, OpenModel, file_of, open_model
@@ -36,11 +49,7 @@ from eff.schemas import (
 )
 from eff.seeding import make_deterministic, seed_everything
 from eff.session import Chosen, Plugins, choose
-from eff.training import OPTIMIZERS, STATE_FILE, Training, read_resume_file
-
-RECIPE_FILE = "recipe.yaml"
-REPORT_FILE = "report.json"
-MODEL_FILE = "model.pt"
+from eff.training import Training, optimizer_of, read_resume_file
 
 
 @dataclass(frozen=True)
@@ -55,20 +64,38 @@ class Plan:
     formats: tuple[str, ...]
     device: torch.device
 
+    @property
+    def changes(self) -> bool:
+        """Whether there will be another model; otherwise the one given is only measured."""
+        return self.trains or not self.chosen or bool(self.plugins.structural)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the run cannot do without data."""
+        return self.trains or not self.chosen or any(item.method.card.needs_data for item in self.chosen)
+
     def steps(self) -> list[str]:
         """Return the plan in words, for `--dry-run`."""
         steps = [f"open {self.recipe.model}" + (f" as {self.recipe.arch}" if self.recipe.arch else "")]
-        steps += [f"transform with {item.name} {item.version}" for item in self.chosen]
+        steps += [f"{self._verb(item)} {item.name} {item.version}" for item in self.chosen]
+        if not self.changes:
+            return [*steps, f"write {REPORT_FILE}, {RECIPE_FILE} and the methods' files"]
         if self.trains:
             train = self.train
             steps.append(
                 f"train {train.epochs} epochs, batches of {train.batch_size}, {train.optimizer}, lr {train.lr}, {train.schedule}"
+                + (f", on {self.recipe.devices} devices" if self.recipe.devices > 1 else "")
             )
         steps.append("measure before and after")
         steps.append(
             "write " + ", ".join([MODEL_FILE, *(file_name(name) for name in self.formats), REPORT_FILE, RECIPE_FILE])
         )
         return steps
+
+    def _verb(self, item: Chosen) -> str:
+        if item in self.plugins.structural:
+            return "transform with"
+        return "train with" if item.method.card.trains else "measure with"
 
 
 def make_plan(recipe: Recipe, log: Log | None = None) -> Plan:
@@ -85,7 +112,7 @@ def make_plan(recipe: Recipe, log: Log | None = None) -> Plan:
         problems += getattr(error, "problems", (error,))
     device = torch.device("cpu")
     try:
-        device = resolve_device(recipe.device)
+        device = resolve_device(recipe.device, recipe.devices)
     except RequestError as error:
         problems.append(error)
     raise_problems(problems)
@@ -97,7 +124,14 @@ def make_plan(recipe: Recipe, log: Log | None = None) -> Plan:
         train = item.method.training().over(train)
     train = recipe.train.over(train)
     trains = bool(train.epochs) and (not chosen or any(item.method.card.trains for item in chosen))
-    plugins.look_up("optimizers", train.optimizer or "sgd", OPTIMIZERS)
+    if trains:
+        optimizer_of([{"params": [nn.Parameter(torch.zeros(1))]}], train, plugins)  # refuses wrong options now
+    elif recipe.devices > 1:
+        problems.append(RequestError("nothing is trained in this run; leave out --devices"))
+    if (train.batch_size or 0) % recipe.devices:
+        problems.append(
+            RequestError(f"--batch-size {train.batch_size} cannot be divided among {recipe.devices} devices")
+        )
     formats = (
         recipe.export
         if recipe.export is not None
@@ -111,16 +145,32 @@ def make_plan(recipe: Recipe, log: Log | None = None) -> Plan:
                     f"nothing in this run writes '{name}'{did_you_mean(name, known)}; known: {', '.join(known)}"
                 )
             )
+    plan = Plan(recipe, tuple(chosen), plugins, train, trains, tuple(dict.fromkeys(formats)), device)
+    if formats and not plan.changes:
+        problems.append(RequestError("this run changes nothing that could be exported; use eff export MODEL --to ..."))
     raise_problems(problems)
-    return Plan(recipe, tuple(chosen), plugins, train, trains, tuple(dict.fromkeys(formats)), device)
+    return plan
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str, count: int = 1) -> torch.device:
     """Return the device; "auto" takes an accelerator where there is one.
 
+    Args:
+        name: auto, cpu, cuda, cuda:1, mps.
+        count: how many devices the run shares; then each process takes the one of its number.
+
     Raises:
-        RequestError: no such device here.
+        RequestError: no such device here, or not as many.
     """
+    if count > 1:
+        kind = resolve_device(name)
+        if kind.type == "cpu":
+            return kind
+        if kind.type != "cuda" or kind.index is not None and name != "auto":
+            raise RequestError(f"--device {name} is one device; with --devices {count} use --device cuda or cpu")
+        if count > torch.cuda.device_count():
+            raise RequestError(f"--devices {count}: there are {torch.cuda.device_count()} here")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return accelerator or torch.device("cpu")
@@ -182,8 +232,11 @@ def apply(recipe: Recipe, out: Path, *, force: bool = False, log: Log | None = N
         RunError: the work failed; what is resumable stays in `out`.
     """
     log = log or Log()
-    check_output_folder(out, force)
+    if distributed.is_first():
+        check_output_folder(out, force)
     plan = make_plan(recipe, log)
+    if recipe.devices > distributed.processes():
+        return distributed.launch(recipe, out, force, False, log)
     return _Execution(plan, out, log).run_all(None)
 
 
@@ -199,7 +252,10 @@ def resume(folder: Path, *, log: Log | None = None) -> Report:
     if not (folder / IN_PROGRESS).exists():
         raise RequestError(f"{folder}: this run is finished; start a new one with another --out")
     state = read_resume_file(folder)
-    plan = make_plan(read_recipe(folder / RECIPE_FILE), log)
+    recipe = read_recipe(folder / RECIPE_FILE)
+    plan = make_plan(recipe, log)
+    if recipe.devices > distributed.processes():
+        return distributed.launch(recipe, folder, False, True, log)
     return _Execution(plan, folder, log).run_all(state)
 
 
@@ -220,26 +276,34 @@ class _Execution:
             make_deterministic()
         opened = self._open()
         run = self._make_run(opened)
-        self.log.info(f"measure {plan.recipe.model}")
-        before = (
-            measure(opened.model, run, plan.plugins, opened.file_bytes)
-            if opened.file_bytes is not None or plan.chosen
-            else None
-        )
-        check_space(self.out, 4 * _bytes_of(opened.model))
+        first = distributed.is_first()
+        before = None
+        if plan.changes and first and (opened.file_bytes is not None or plan.chosen):
+            self.log.info(f"measure {plan.recipe.model}")
+            seed_everything(run.seed, "evaluate")
+            before = measure(opened.model, run, plan.plugins, opened.file_bytes)
+        if plan.changes:
+            check_space(self.out, 4 * _bytes_of(opened.model))
         model = self._transform(opened, run, state)
         training = Training(model, run, plan.plugins) if plan.trains else None
-        self._begin(opened)
+        if first:
+            self._begin(opened)
+            run.keeps_files = True
         summary = self._train(training, state)
         run.training = False
         model = training.raw_model if training else model
+        if not first:  # the first process measures and writes
+            return self._report(opened, run, None, None, summary, ())
+        for item in plan.chosen:
+            model = self._checked(item, "finish", item.method.finish(model, run)).to(run.device)
         return self._finish(model, run, opened, before, summary)
 
     def _open(self) -> OpenModel:
         recipe = self.plan.recipe
         request = ModelRequest(
-            recipe.model, recipe.arch, recipe.data, recipe.task, recipe.trust_pickle, self.plan.device, recipe.seed
-        )
+            recipe.model, recipe.arch, recipe.data, recipe.task, recipe.trust_pickle, self.plan.device, recipe.seed,
+            self.plan.needs_data, self.plan.needs_data,
+        )  # fmt: skip
         opened = open_model(request, self.plan.plugins, self.log)
         names = [item.name for item in opened.applied]
         for item in self.plan.chosen:
@@ -254,7 +318,7 @@ class _Execution:
                     raise PluginError(
                         f"{recipe.model}: {item.name} conflicts with {clash[0]}, which has been applied to it"
                     )
-            if opened.task.name not in item.method.card.tasks:
+            if not item.method.card.is_for(opened.task.name):
                 raise RequestError(
                     f"{item.name} is for {', '.join(item.method.card.tasks)}, the model's task is {opened.task.name}"
                 )
@@ -263,8 +327,7 @@ class _Execution:
         return opened
 
     def _make_run(self, opened: OpenModel) -> Run:
-        chosen = (*opened.applied, *self.plan.chosen)
-        done = len(opened.applied)
+        chosen = (*opened.applied, *self.plan.plugins.structural)
         run = Run(
             task=opened.task,
             device=self.plan.device,
@@ -273,31 +336,31 @@ class _Execution:
             model_spec=opened.spec,
             train=self.plan.train,
             precision=self.plan.recipe.precision,
-            folder=self.out,
+            folder=self.out if distributed.is_first() else None,
             log=self.log,
             training=self.plan.trains,
         )
-        run.applied = lambda: tuple(item.applied() for item in chosen[: done + len(self.plan.chosen)])
+        run.applied = lambda: tuple(item.applied() for item in chosen)
         return run
 
     def _transform(self, opened: OpenModel, run: Run, state: dict[str, Any] | None) -> nn.Module:
         model = opened.model
         run.restoring = state is not None
         for item in self.plan.chosen:
-            self.log.info(f"apply {item.name}")
             if state is not None:
                 item.method.structure = dict(state["structure"].get(item.name, {}))
-            if not hasattr(item.method, "transform"):
-                continue
+        for item in self.plan.plugins.structural:
+            self.log.info(f"apply {item.name}")
             seed_everything(run.seed, f"transform/{item.name}")
-            changed = item.method.transform(model=model, run=run)
-            if not isinstance(changed, nn.Module):
-                raise PluginError(
-                    f"{item.name}: transform returned {type(changed).__name__}; it must return the module"
-                )
-            model = changed.to(run.device)
+            changed = item.method.transform(model=model, run=run)  # type: ignore[attr-defined]
+            model = self._checked(item, "transform", changed).to(run.device)
         run.restoring = False
         return model
+
+    def _checked(self, item: Chosen, hook: str, changed: object) -> nn.Module:
+        if not isinstance(changed, nn.Module):
+            raise PluginError(f"{item.name}: {hook} returned {type(changed).__name__}; it must return the module")
+        return changed
 
     def _begin(self, opened: OpenModel) -> None:
         """Write the first files; everything that can be wrong with the request has been checked."""
@@ -321,16 +384,20 @@ class _Execution:
         self, model: nn.Module, run: Run, opened: OpenModel, before: Measurement | None, summary: TrainingSummary | None
     ) -> Report:
         model.eval()
-        path = self.out / MODEL_FILE
-        save_checkpoint(path, make_header(run), model.state_dict())
-        artifacts = [describe_artifact(path, "checkpoint")]
+        artifacts: list[Artifact] = []
+        if self.plan.changes:
+            path = self.out / MODEL_FILE
+            save_checkpoint(path, make_header(run), model.state_dict())
+            artifacts.append(describe_artifact(path, "checkpoint"))
         for name in self.plan.formats:
             self.log.info(f"export {name}")
             artifacts.append(export(model, name, self.out, run, self.plan.plugins))
-        shipped = next((item.bytes for item in artifacts if item.format in self._own_formats()), artifacts[0].bytes)
-        self.log.info("measure the result")
-        after = measure(model, run, self.plan.plugins, shipped)
-        report = self._report(opened, run, before, after, summary, artifacts)
+        shipped = next((item.bytes for item in artifacts if item.format in self._own_formats()), None)
+        self.log.info("measure the result" if self.plan.changes else f"measure {self.plan.recipe.model}")
+        seed_everything(run.seed, "evaluate")
+        size = shipped or (artifacts[0].bytes if artifacts else opened.file_bytes)
+        after = measure(model, run, self.plan.plugins, size)
+        report = self._report(opened, run, before, after, summary, [*artifacts, *run.outputs])
         write_text(self.out / REPORT_FILE, report.model_dump_json(indent=2))
         (self.out / STATE_FILE).unlink(missing_ok=True)
         (self.out / IN_PROGRESS).unlink(missing_ok=True)
@@ -344,14 +411,14 @@ class _Execution:
         opened: OpenModel,
         run: Run,
         before: Measurement | None,
-        after: Measurement,
+        after: Measurement | None,
         summary: TrainingSummary | None,
         artifacts: Sequence[Artifact],
     ) -> Report:
         relative = tuple(item.model_copy(update={"path": item.path.relative_to(self.out)}) for item in artifacts)
         return Report(
             recipe=self.plan.recipe.model_copy(update={"train": self.plan.train}),
-            methods=run.applied(),
+            methods=tuple(item.applied() for item in (*opened.applied, *self.plan.chosen)),
             before=before,
             after=after,
             training=summary,

@@ -89,10 +89,14 @@ class TrainOptions(Schema):
     """How to train. None means: the method's recipe, else core's default (`CORE_TRAINING`)."""
 
     epochs: int | None = Field(None, ge=0, description="Passes over the training data; 0 trains nothing.")
-    batch_size: int | None = Field(None, ge=1, description="Samples per step and device.")
+    batch_size: int | None = Field(None, ge=1, description="Samples per batch, over all devices together.")
+    accumulate: int | None = Field(None, ge=1, description="Batches whose gradients are averaged into one step.")
     lr: float | None = Field(None, ge=0, description="Initial learning rate.")
     optimizer: str | None = Field(None, description="sgd, adam, adamw, or one an extension adds.")
-    momentum: float | None = Field(None, ge=0, lt=1, description="Momentum of SGD.")
+    optimizer_options: dict[str, JsonValue] | None = Field(
+        None, description="Further arguments of the optimizer's constructor, e.g. betas."
+    )
+    momentum: float | None = Field(None, ge=0, lt=1, description="Momentum, for optimizers that take one.")
     weight_decay: float | None = Field(None, ge=0, description="Weight decay.")
     schedule: Literal["cosine", "constant"] | None = Field(None, description="Learning rate over the steps.")
     warmup: float | None = Field(None, ge=0, le=1, description="Share of the steps with a linear rise.")
@@ -106,7 +110,7 @@ class TrainOptions(Schema):
 
 
 CORE_TRAINING = TrainOptions(
-    epochs=10, batch_size=64, lr=0.05, optimizer="sgd", momentum=0.9, weight_decay=5e-4,
+    epochs=10, batch_size=64, accumulate=1, lr=0.05, optimizer="sgd", momentum=0.9, weight_decay=5e-4,
     schedule="cosine", warmup=0.0, clip_norm=0.0, augment=True,
 )  # fmt: skip
 
@@ -132,6 +136,7 @@ class Recipe(Schema):
     methods: tuple[MethodUse, ...] = ()
     train: TrainOptions = TrainOptions()
     device: str = "auto"
+    devices: int = Field(1, ge=1, description="Processes that train data-parallel, one device each.")
     precision: Precision = "fp32"
     seed: int = Field(0, ge=0, lt=2**31)
     export: tuple[str, ...] | None = Field(None, description="Formats; unset: the methods' own first formats.")

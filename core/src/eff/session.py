@@ -72,6 +72,11 @@ class Plugins:
         self._check_conflicts()
 
     @property
+    def structural(self) -> tuple[Chosen, ...]:
+        """The chosen methods that change the model's structure; only these are needed to reload it."""
+        return tuple(item for item in self.chosen if hasattr(item.method, "transform"))
+
+    @property
     def hook(self) -> Any:
         """The hook callers of this run."""
         return self.manager.hook

@@ -45,6 +45,8 @@ class Task(ABC, Generic[OptionsT]):
     options_type: ClassVar[type[Schema]]
     headline: ClassVar[str]
     """The metric to plot and to compare models by."""
+    hub_class: ClassVar[str] = ""
+    """The transformers class that opens `hf:NAME` for this task, e.g. "AutoModelForImageClassification"."""
 
     def __init__(self, options: OptionsT):
         self.options = options
@@ -87,6 +89,11 @@ class Task(ABC, Generic[OptionsT]):
     @abstractmethod
     def example_inputs(self, samples: int) -> tuple[Tensor, ...]:
         """Return positional inputs of the bare module, for export and timing."""
+
+    def predict(self, model: nn.Module, batch: Batch) -> Any:
+        """Return the output for `eff predict`; a task may cut what is too large into tiles."""
+        with torch.inference_mode():
+            return self.forward(model, batch)
 
     @abstractmethod
     def read_input(self, path: Path) -> Batch:
@@ -172,6 +179,7 @@ class Classification(Task[ClassificationOptions]):
     name = "classification"
     options_type = ClassificationOptions
     headline = "accuracy"
+    hub_class = "AutoModelForImageClassification"
 
     def __init__(self, options: ClassificationOptions):
         super().__init__(options)
@@ -257,4 +265,50 @@ class Classification(Task[ClassificationOptions]):
             )
 
 
-BUILT_IN: dict[str, type[Task[Any]]] = {Classification.name: Classification}
+class NoOptions(Schema):
+    """Nothing to remember."""
+
+
+class NoTask(Task[NoOptions]):
+    """A model of which nothing but its weights is known; methods that need no data work on it."""
+
+    name = "none"
+    options_type = NoOptions
+    headline = ""
+
+    def model_options(self) -> dict[str, JsonValue]:
+        """Return nothing; the architecture keeps its own defaults."""
+        return {}
+
+    def forward(self, model: nn.Module, batch: Batch) -> Any:
+        """Refuse: what the model takes is not known."""
+        raise self._unknown("run")
+
+    def loss(self, output: Any, batch: Batch) -> Tensor:
+        """Refuse: what the model is for is not known."""
+        raise self._unknown("train")
+
+    def meter(self) -> Meter:
+        """Refuse: what the model is for is not known."""
+        raise self._unknown("measure")
+
+    def example_inputs(self, samples: int) -> tuple[Tensor, ...]:
+        """Refuse: what the model takes is not known."""
+        raise self._unknown("run")
+
+    def read_input(self, path: Path) -> Batch:
+        """Refuse: what the model takes is not known."""
+        raise self._unknown("run")
+
+    def show(self, output: Any, source: Path, out: Path | None) -> Prediction:
+        """Refuse: what the model is for is not known."""
+        raise self._unknown("show")
+
+    def check_fit(self, model: nn.Module, data: Data) -> None:
+        """Accept; there is no data without a task."""
+
+    def _unknown(self, verb: str) -> RequestError:
+        return RequestError(f"cannot {verb} a model that names no task; add --data, e.g. --data digits")
+
+
+BUILT_IN: dict[str, type[Task[Any]]] = {task.name: task for task in (Classification, NoTask)}

@@ -12,7 +12,7 @@ import torch
 from eff.data import move_batch
 from eff.errors import OutputError, RequestError, did_you_mean
 from eff.exporting import export, file_name
-from eff.files import atomic_path
+from eff.files import atomic_path, check_output_folder, make_output_folder, write_text
 from eff.log import Log
 from eff.measure import measure, state_bytes, time_forward
 from eff.models import ModelRequest, OpenModel, open_model
@@ -37,12 +37,22 @@ class UseRequest:
     trust_pickle: bool = False
 
 
-def _open(request: UseRequest, plugins: Plugins, log: Log, needs_data: bool) -> tuple[OpenModel, Run]:
+def _open(
+    request: UseRequest, plugins: Plugins, log: Log, needs_data: bool, needs_task: bool = True
+) -> tuple[OpenModel, Run]:
     device = resolve_device(request.device)
     opened = open_model(
         ModelRequest(
-            request.model, request.arch, request.data, None, request.trust_pickle, device, request.seed, needs_data
-        ),
+            request.model,
+            request.arch,
+            request.data,
+            None,
+            request.trust_pickle,
+            device,
+            request.seed,
+            needs_data,
+            needs_task,
+        ),  # fmt: skip
         plugins,
         log,
     )
@@ -56,20 +66,47 @@ def _open(request: UseRequest, plugins: Plugins, log: Log, needs_data: bool) -> 
     return opened, run
 
 
-def evaluate(request: UseRequest, methods: Sequence[MethodUse] = (), log: Log | None = None) -> Measurement:
+def evaluate(
+    request: UseRequest,
+    methods: Sequence[MethodUse] = (),
+    out: Path | None = None,
+    force: bool = False,
+    log: Log | None = None,
+) -> Measurement:
     """Measure a model on the test split: the task's metrics and what `methods` add.
+
+    Args:
+        request: the model.
+        methods: methods whose measurements are added.
+        out: folder for measurement.json and the files of the methods; None keeps none.
+        force: write into a folder that holds results.
+        log: where messages and progress go.
 
     Raises:
         RequestError: the model, the data or a method cannot be used.
     """
     log = log or Log()
+    if out is not None:
+        check_output_folder(out, force)
     plugins = Plugins(choose(methods))
-    opened, run = _open(request, plugins, log, needs_data=True)
+    needs_data = not methods or any(item.method.card.needs_data for item in plugins.chosen)
+    opened, run = _open(request, plugins, log, needs_data, needs_data)
+    for item in plugins.chosen:
+        if not item.method.card.is_for(opened.task.name):
+            raise RequestError(
+                f"{item.name} is for {', '.join(item.method.card.tasks)}, the model's task is {opened.task.name}"
+            )
+    if out is not None:
+        make_output_folder(out)
+        run.folder, run.keeps_files = out, True
     # The methods that made the model also have something to say of it.
     names = [item.name for item in plugins.chosen]
     again = Plugins([*(item for item in opened.applied if item.name not in names), *plugins.chosen], plugins.extensions)
     seed_everything(request.seed, "evaluate")
-    return measure(opened.model, run, again, opened.file_bytes)
+    measured = measure(opened.model, run, again, opened.file_bytes)
+    if out is not None:
+        write_text(out / "measurement.json", measured.model_dump_json(indent=2))
+    return measured
 
 
 def predict(
@@ -86,8 +123,7 @@ def predict(
     predictions = []
     for path in inputs:
         batch = move_batch(opened.task.read_input(path), run.device)
-        with torch.inference_mode():
-            predictions.append(opened.task.show(run.forward(opened.model, batch), path, out))
+        predictions.append(opened.task.show(opened.task.predict(opened.model, batch), path, out))
     return predictions
 
 

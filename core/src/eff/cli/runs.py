@@ -22,9 +22,15 @@ Arch = Annotated[
     str | None, typer.Option("--arch", help="Architecture for a bare state dict, e.g. zoo:cifar_resnet20.")
 ]
 Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the training data; 0 trains nothing.")]
-BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Samples per step.")]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Samples per batch, over all devices.")]
+Accumulate = Annotated[int | None, typer.Option("--accumulate", help="Batches whose gradients make one step.")]
 LearningRate = Annotated[float | None, typer.Option("--lr", help="Initial learning rate.")]
 Optimizer = Annotated[str | None, typer.Option("--optimizer", help="sgd, adam, adamw, or one an extension adds.")]
+OptimizerOption = Annotated[
+    list[str] | None,
+    typer.Option("--optimizer-option", help="Argument of the optimizer: name=value, e.g. betas=0.9,0.99."),
+]
+Devices = Annotated[int | None, typer.Option("--devices", help="Processes that train data-parallel, one device each.")]
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")]
 PrecisionOption = Annotated[str | None, typer.Option("--precision", help="fp32, bf16 or fp16.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random.")]
@@ -59,6 +65,23 @@ def changed_recipe(recipe: Recipe, train: dict[str, Any], **changes: Any) -> Rec
         raise
 
 
+def _train_options(
+    epochs: int | None,
+    batch_size: int | None,
+    lr: float | None,
+    optimizer: str | None,
+    optimizer_option: list[str] | None,
+    accumulate: int | None,
+) -> dict[str, Any]:
+    from eff.options import read_assignments
+
+    options = read_assignments(optimizer_option, "--optimizer-option") if optimizer_option else None
+    return {
+        "epochs": epochs, "batch_size": batch_size, "lr": lr, "optimizer": optimizer,
+        "optimizer_options": options, "accumulate": accumulate,
+    }  # fmt: skip
+
+
 @app.command()
 def apply(
     methods: Annotated[
@@ -76,7 +99,10 @@ def apply(
     batch_size: BatchSize = None,
     lr: LearningRate = None,
     optimizer: Optimizer = None,
+    optimizer_option: OptimizerOption = None,
+    accumulate: Accumulate = None,
     device: Device = None,
+    devices: Devices = None,
     precision: PrecisionOption = None,
     seed: Seed = None,
     export: Annotated[
@@ -124,8 +150,8 @@ def apply(
         known = {use.name: use.options for use in base.methods}
         content["methods"] = [{"name": name, "options": {**known.get(name, {}), **given[name]}} for name in names]
     full = changed_recipe(
-        base, {"epochs": epochs, "batch_size": batch_size, "lr": lr, "optimizer": optimizer},
-        model=model, data=data, arch=arch, device=device, precision=precision, seed=seed,
+        base, _train_options(epochs, batch_size, lr, optimizer, optimizer_option, accumulate),
+        model=model, data=data, arch=arch, device=device, devices=devices, precision=precision, seed=seed,
         export=export, trust_pickle=trust_pickle or None, **content,
     )  # fmt: skip
     if not full.methods:
@@ -163,7 +189,10 @@ def train(
     batch_size: BatchSize = None,
     lr: LearningRate = None,
     optimizer: Optimizer = None,
+    optimizer_option: OptimizerOption = None,
+    accumulate: Accumulate = None,
     device: Device = None,
+    devices: Devices = None,
     precision: PrecisionOption = None,
     seed: Seed = None,
     export: Annotated[list[str] | None, typer.Option("--export", help="Formats to write besides model.pt.")] = None,
@@ -179,8 +208,8 @@ def train(
     from eff.schemas import Recipe
 
     full = changed_recipe(
-        Recipe(model=arch), {"epochs": epochs, "batch_size": batch_size, "lr": lr, "optimizer": optimizer},
-        data=data, device=device, precision=precision, seed=seed, export=export,
+        Recipe(model=arch), _train_options(epochs, batch_size, lr, optimizer, optimizer_option, accumulate),
+        data=data, device=device, devices=devices, precision=precision, seed=seed, export=export,
     )  # fmt: skip
     folder = out or runner.default_out(arch, ())
     _run_and_print(lambda log: (runner.apply(full, folder, force=force, log=log), folder), as_json)

@@ -24,6 +24,8 @@ def evaluate(
     arch: Arch = None,
     device: Device = None,
     batch_size: BatchSize = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the figures and files of the methods.")] = None,
+    force: Force = False,
     trust_pickle: TrustPickle = False,
     as_json: AsJson = False,
 ) -> None:
@@ -42,7 +44,7 @@ def evaluate(
     options = split_assignments(option or [], names)
     uses = [MethodUse(name=name, options=options[name]) for name in names]
     request = UseRequest(model, arch, data, device or "auto", batch_size, trust_pickle=trust_pickle)
-    measured = measure_model(request, uses, TerminalLog(quiet=as_json))
+    measured = measure_model(request, uses, out, force, TerminalLog(quiet=as_json))
     if as_json:
         print_json(measured)
         return

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from eff.errors import EffError, PluginError, RequestError
+from eff.errors import EffError, InterruptedRunError, PluginError, RequestError
+from eff.files import IN_PROGRESS
+from eff.log import Log
+from eff.method import Sample
 from eff.options import check_config
 from eff.registry import discover, find, load_method
-from eff.schemas import CORE_TRAINING, MethodUse, Recipe, Report, Schema, TrainOptions
+from eff.schemas import CORE_TRAINING, CheckpointHeader, MethodUse, Recipe, Report, Schema
 
 Check = Callable[[str], None]
 CHECKS: dict[str, Check] = {}
+_TIMES = ("s", "ms", "us", "samples/s")
 
 
 class CheckOutcome(Schema):
@@ -85,19 +90,29 @@ def _read_toml(path: Path) -> dict[str, Any]:
     return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
-def _tiny_recipe(plugin: str, epochs: int = 1) -> Recipe:
+def _recipe(plugin: str) -> Recipe:
+    """Return the smallest run of the plugin: its own sample, or the tiny classifier."""
     from eff.testing.samples import DATA, MODEL
 
-    if "classification" not in load_method(plugin).card.tasks:
-        raise NotApplicable("the tiny model is a classifier; this method is for other tasks")
-    options = TrainOptions(epochs=epochs, batch_size=64)
-    return Recipe(model=MODEL, data=DATA, methods=(MethodUse(name=plugin),), train=options, device="cpu")
+    method_type = load_method(plugin)
+    sample = method_type.sample
+    if sample is None:
+        if not method_type.card.is_for("classification"):
+            raise AssertionError("the tiny model is a classifier, this method is for other tasks; set `sample`")
+        sample = Sample(model=MODEL, data=DATA)
+    use = MethodUse(name=plugin, options=sample.options)
+    return Recipe(model=sample.model, data=sample.data, methods=(use,), train=sample.train, device="cpu")
 
 
-def _run(plugin: str, folder: Path) -> Report:
+def _run(plugin: str, folder: Path, **changes: Any) -> Report:
     from eff.runner import apply
 
-    return apply(_tiny_recipe(plugin), folder)
+    return apply(_recipe(plugin).model_copy(update=changes), folder)
+
+
+def _changes_models(plugin: str) -> bool:
+    method_type = load_method(plugin)
+    return method_type.card.trains or hasattr(method_type, "transform")
 
 
 @contract
@@ -138,16 +153,22 @@ def an_unknown_option_is_refused(plugin: str) -> None:
 
 
 @contract
-def the_same_seed_gives_the_same_weights(plugin: str) -> None:
-    """Two runs on the CPU agree bit for bit."""
+def the_same_seed_gives_the_same_result(plugin: str) -> None:
+    """Two runs on the CPU agree bit for bit: weights, and every metric that is no time."""
     import torch
 
     with tempfile.TemporaryDirectory() as name:
-        states = []
-        for index in range(2):
-            folder = Path(name, str(index))
-            _run(plugin, folder)
-            states.append(torch.load(folder / "model.pt", weights_only=True)["state_dict"])
+        reports = [_run(plugin, Path(name, str(index))) for index in range(2)]
+        values = [
+            {key: m.value for key, m in report.after.metrics.values.items() if m.unit not in _TIMES}
+            for report in reports
+            if report.after is not None
+        ]
+        assert values[0] == values[1], f"two runs measured different values: {values[0]} and {values[1]}"
+        if not _changes_models(plugin):
+            assert not Path(name, "0", "model.pt").exists(), "the model was not changed, but model.pt was written"
+            return
+        states = [torch.load(Path(name, str(i), "model.pt"), weights_only=True)["state_dict"] for i in range(2)]
     assert states[0].keys() == states[1].keys(), "the two runs made different structures"
     different = [key for key in states[0] if not torch.equal(states[0][key], states[1][key])]
     assert not different, (
@@ -160,11 +181,18 @@ def the_checkpoint_reloads_with_the_same_metrics(plugin: str) -> None:
     """`model.pt` rebuilds the structure without data and gives what the report says."""
     from eff.use import UseRequest, evaluate
 
+    if not _changes_models(plugin):
+        raise NotApplicable("the method changes no model")
     with tempfile.TemporaryDirectory() as name:
         report = _run(plugin, Path(name, "run"))
-        again = evaluate(UseRequest(str(Path(name, "run", "model.pt")), device="cpu"))
+        request = UseRequest(str(Path(name, "run", "model.pt")), device="cpu")
+        # A method without a structure of its own is not in the file, so its metrics have to be asked for.
+        named = () if hasattr(load_method(plugin), "transform") else report.recipe.methods
+        again = evaluate(request, named)
     assert report.after is not None
     for key, metric in report.after.metrics.values.items():
+        if metric.unit in _TIMES:
+            continue
         found = again.metrics.values.get(key)
         assert found is not None, f"'{key}' is missing after a reload"
         assert abs(found.value - metric.value) <= 1e-4 * max(1.0, abs(metric.value)), (
@@ -173,16 +201,83 @@ def the_checkpoint_reloads_with_the_same_metrics(plugin: str) -> None:
 
 
 @contract
+def an_interrupted_run_resumes_to_the_same_weights(plugin: str) -> None:
+    """Stopped after the first checkpoint and resumed, the run ends where an uninterrupted one does."""
+    import torch
+
+    from eff.runner import apply, resume
+
+    if not load_method(plugin).card.trains:
+        raise NotApplicable("the method does not train")
+    recipe = _recipe(plugin)
+    every_step = recipe.model_copy(update={"train": recipe.train.model_copy(update={"checkpoint_every": 1})})
+    with tempfile.TemporaryDirectory() as name:
+        whole, parts = Path(name, "whole"), Path(name, "parts")
+        apply(recipe, whole)
+        with contextlib.suppress(InterruptedRunError):
+            apply(every_step, parts, log=_StopInTheMiddle())
+        if (parts / IN_PROGRESS).exists():  # a run of one step has nothing to interrupt
+            resume(parts)
+        states = [torch.load(folder / "model.pt", weights_only=True)["state_dict"] for folder in (whole, parts)]
+    different = [key for key in states[0] if not torch.equal(states[0][key], states[1][key])]
+    assert not different, f"differ after a resume: {', '.join(different[:3])}; keep what is missing in state_dict"
+
+
+class _StopInTheMiddle(Log):
+    """Ends the run in its second step, when the first has been saved."""
+
+    @contextlib.contextmanager
+    def progress(self, description: str, total: int | None) -> Iterator[Callable[..., None]]:
+        """Give an `advance` that raises as Ctrl-C does."""
+        done = 0
+
+        def advance(steps: int = 1, note: str = "") -> None:
+            nonlocal done
+            done += steps
+            if description == "train" and done == 2:
+                raise InterruptedRunError("stopped by the contract suite")
+
+        yield advance
+
+
+@contract
+def the_given_model_file_stays_as_it_was(plugin: str) -> None:
+    """A run reads its model file and never writes it."""
+    from eff.files import sha256_of
+    from eff.runner import apply
+
+    recipe = _recipe(plugin)
+    with tempfile.TemporaryDirectory() as name:
+        path = _as_file(recipe, Path(name))
+        before = sha256_of(path)
+        apply(recipe.model_copy(update={"model": str(path)}), Path(name, "run"))
+        assert sha256_of(path) == before, "the run changed the model file it was given"
+
+
+def _as_file(recipe: Recipe, folder: Path) -> Path:
+    """Write the recipe's model into a checkpoint, untrained."""
+    from eff import __version__
+    from eff.checkpoint import save_checkpoint
+    from eff.models import ModelRequest, open_model
+    from eff.session import Plugins
+
+    plugins = Plugins()
+    opened = open_model(ModelRequest(recipe.model, data=recipe.data, needs_data=False, needs_task=False), plugins)
+    header = CheckpointHeader(eff=__version__, model=opened.spec, task=opened.task.spec, data=recipe.data)
+    save_checkpoint(folder / "given.pt", header, opened.model.state_dict())
+    return folder / "given.pt"
+
+
+@contract
 def own_exports_are_written(plugin: str) -> None:
     """Each format of the card gives a file with the size and checksum that the report states."""
     from eff.files import sha256_of
-    from eff.runner import apply
 
     formats = load_method(plugin).card.formats
     if not formats:
         raise NotApplicable("the card lists no formats")
     with tempfile.TemporaryDirectory() as name:
-        report = apply(_tiny_recipe(plugin, 0).model_copy(update={"export": formats}), Path(name, "run"))
+        report = _run(plugin, Path(name, "run"), export=formats)
         for artifact in report.artifacts:
             path = Path(name, "run") / artifact.path
             assert path.stat().st_size == artifact.bytes, f"{artifact.format}: the size in the report is wrong"
@@ -201,7 +296,7 @@ def a_model_it_cannot_change_is_refused_or_left(plugin: str) -> None:
     from eff.testing.samples import DATA, blobs
 
     method_type = load_method(plugin)
-    if not hasattr(method_type, "transform") or "classification" not in method_type.card.tasks:
+    if not hasattr(method_type, "transform") or not method_type.card.is_for("classification"):
         raise NotApplicable("the method does not transform classifiers")
     options = ClassificationOptions(input_shape=(1, 8, 8), classes=("a", "b", "c", "d"))
     run = Run(Classification(options), torch.device("cpu"), data=blobs(DataSpec.parse(DATA)), train=CORE_TRAINING)

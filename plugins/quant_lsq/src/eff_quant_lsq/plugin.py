@@ -96,7 +96,7 @@ class LSQ(Method[LSQConfig]):
         if self.teacher is not None:
             step.loss = with_teacher(step.loss, self.teacher, step.run)
         result = yield
-        self.lifted += keep_scales_positive(step.model)
+        self.lifted += keep_scales_positive(step.module)
         return result
 
     @hookimpl
