@@ -259,6 +259,15 @@ def resume(folder: Path, *, log: Log | None = None) -> Report:
     return _Execution(plan, folder, log).run_all(state)
 
 
+def check_opens(plan: Plan, log: Log | None = None) -> None:
+    """Open a plan's model and data and let go of them again; for callers with many runs of one model.
+
+    Raises:
+        ModelError, DataError, PluginError, RequestError: what `apply` would raise before it writes.
+    """
+    _Execution(plan, Path(), log or Log())._open()
+
+
 class _Execution:
     """The state of one run while it goes on."""
 

@@ -1,0 +1,95 @@
+"""The picture of a sweep: quality against cost, with the Pareto front."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from eff.schemas import Metric
+from eff.sweep.results import SweepResult, TrialResult, figure_of
+from eff.use import save_figure
+
+LABELLED = 8
+"""Points of the front with a label; more would cover each other."""
+FRONT, OTHER, BEFORE = "#1f5fa8", "#9aa4ad", "#c2410c"
+Point = tuple[float, float]
+
+
+def draw_front(result: SweepResult, path: Path, pyplot: Any) -> bool:
+    """Draw all finished trials and the front; returns whether there was anything to draw."""
+    assert result.metric is not None
+    found = [(trial, trial.figure(result.cost), trial.figure(result.metric)) for trial in result.trials]
+    measured = [(trial, x, y) for trial, x, y in found if x is not None and y is not None]
+    if not measured:
+        return False
+    _, x, y = measured[0]
+    to_axis, x_label = _x_scale(result.cost, x)
+    points = [(trial, to_axis(x), y.value) for trial, x, y in measured]
+    before = _before(result, to_axis)
+    figure, axes = pyplot.subplots(figsize=(7.5, 4.8), layout="constrained")
+    everything = [(x, y) for _, x, y in points] + ([before] if before else [])
+    if _is_wide([x for x, _ in everything]):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(pyplot.matplotlib.ticker.FormatStrFormatter("%g"))
+        axes.xaxis.set_minor_formatter(pyplot.matplotlib.ticker.NullFormatter())
+    _scatter(axes, [(x, y) for trial, x, y in points if not trial.on_front], OTHER, "trial")
+    front = sorted((x, y, trial) for trial, x, y in points if trial.on_front) if points else []
+    axes.plot(
+        [x for x, _, _ in front], [y for _, y, _ in front], "o-", color=FRONT, markersize=7, zorder=3,
+        linewidth=1.4, label="Pareto front",
+    )  # fmt: skip
+    if before:
+        axes.scatter([before[0]], [before[1]], marker="*", s=150, color=BEFORE, zorder=3, label="as it came")
+    _label(axes, [(x, y, trial) for x, y, trial in front])
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(_axis_label(result.metric, y))
+    name = ", ".join(use.name for use in result.definition.recipe.methods)
+    axes.set_title(f"{name}: {_words(result.metric)} against {_words(result.cost)}, {len(points)} trials")
+    axes.margins(0.14, 0.14)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="best", frameon=False, fontsize=9)
+    save_figure(figure, path)
+    pyplot.close(figure)
+    return True
+
+
+def _x_scale(cost: str, figure: Metric) -> tuple[Any, str]:
+    """Return how a cost is shown: bytes as KiB."""
+    if figure.unit == "B":
+        return (lambda metric: metric.value / 1024), f"{_words(cost)} (KiB)"
+    return (lambda metric: metric.value), _axis_label(cost, figure)
+
+
+def _before(result: SweepResult, to_axis: Any) -> Point | None:
+    if result.before is None or result.metric is None:
+        return None
+    x, y = figure_of(result.before, result.cost), figure_of(result.before, result.metric)
+    return (to_axis(x), y.value) if x is not None and y is not None else None
+
+
+def _is_wide(values: Sequence[float]) -> bool:
+    low, high = min(values), max(values)
+    return low > 0 and math.isfinite(high) and high / low > 8
+
+
+def _scatter(axes: Any, points: Sequence[Point], color: str, label: str) -> None:
+    if points:
+        axes.scatter(*zip(*points, strict=True), s=34, color=color, zorder=2, label=label)
+
+
+def _label(axes: Any, front: Sequence[tuple[float, float, TrialResult]]) -> None:
+    """Write the settings at up to `LABELLED` points of the front, spread evenly over it."""
+    step = max(1, math.ceil(len(front) / LABELLED))
+    for x, y, trial in front[::step]:
+        text = "\n".join(f"{name.rpartition('.')[2]} {value}" for name, value in trial.setting.items())
+        axes.annotate(text, (x, y), xytext=(7, -5), textcoords="offset points", fontsize=7.5, va="top", color=FRONT)
+
+
+def _axis_label(name: str, figure: Metric) -> str:
+    return f"{_words(name)} ({figure.unit})" if figure.unit else _words(name)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
