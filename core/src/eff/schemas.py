@@ -76,6 +76,8 @@ class DataSpec(Schema):
 
 
 def _guess_scheme(text: str) -> tuple[str, str]:
+    if text == "digits":  # also where a run folder has that name; folder:digits is the folder
+        return text, ""
     path = Path(text)
     if path.suffix in (".parquet", ".npz"):
         return path.suffix[1:], text

@@ -22,8 +22,8 @@ from eff.cli.runs import (
     PrecisionOption,
     Seed,
     TrustPickle,
-    train_options,
     changed_recipe,
+    train_options,
 )
 
 if TYPE_CHECKING:

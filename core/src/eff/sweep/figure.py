@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from eff.cli.show import metric_text
 from eff.schemas import Metric
 from eff.sweep.results import SweepResult, TrialResult, figure_of
 from eff.use import save_figure
@@ -14,7 +15,6 @@ from eff.use import save_figure
 LABELLED = 8
 """Points of the front with a label; more would cover each other."""
 FRONT, OTHER, BEFORE = "#1f5fa8", "#9aa4ad", "#c2410c"
-Point = tuple[float, float]
 
 
 def draw_front(result: SweepResult, path: Path, pyplot: Any) -> bool:
@@ -27,22 +27,21 @@ def draw_front(result: SweepResult, path: Path, pyplot: Any) -> bool:
     _, x, y = measured[0]
     to_axis, x_label = _x_scale(result.cost, x)
     points = [(trial, to_axis(x), y.value) for trial, x, y in measured]
-    before = _before(result, to_axis)
     figure, axes = pyplot.subplots(figsize=(7.5, 4.8), layout="constrained")
-    everything = [(x, y) for _, x, y in points] + ([before] if before else [])
-    if _is_wide([x for x, _ in everything]):
+    if _is_wide([x for _, x, _ in points]):
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(pyplot.matplotlib.ticker.FormatStrFormatter("%g"))
         axes.xaxis.set_minor_formatter(pyplot.matplotlib.ticker.NullFormatter())
-    _scatter(axes, [(x, y) for trial, x, y in points if not trial.on_front], OTHER, "trial")
-    front = sorted((x, y, trial) for trial, x, y in points if trial.on_front) if points else []
+    others = [(x, y) for trial, x, y in points if not trial.on_front]
+    if others:
+        axes.scatter(*zip(*others, strict=True), s=34, color=OTHER, zorder=2, label="trial")
+    front = sorted(((x, y, trial) for trial, x, y in points if trial.on_front), key=lambda point: point[:2])
     axes.plot(
-        [x for x, _, _ in front], [y for _, y, _ in front], "o-", color=FRONT, markersize=7, zorder=3,
-        linewidth=1.4, label="Pareto front",
+        [x for x, _, _ in front], [y for _, y, _ in front], "o-", color=FRONT, markersize=7, zorder=3, linewidth=1.4,
+        drawstyle="steps-post" if x.better != "higher" else "steps-pre", label="Pareto front",
     )  # fmt: skip
-    if before:
-        axes.scatter([before[0]], [before[1]], marker="*", s=150, color=BEFORE, zorder=3, label="as it came")
-    _label(axes, [(x, y, trial) for x, y, trial in front])
+    _draw_before(axes, result, [y for _, _, y in points])
+    _label(axes, front)
     axes.set_xlabel(x_label)
     axes.set_ylabel(_axis_label(result.metric, y))
     name = ", ".join(use.name for use in result.definition.recipe.methods)
@@ -62,21 +61,22 @@ def _x_scale(cost: str, figure: Metric) -> tuple[Any, str]:
     return (lambda metric: metric.value), _axis_label(cost, figure)
 
 
-def _before(result: SweepResult, to_axis: Any) -> Point | None:
-    if result.before is None or result.metric is None:
-        return None
-    x, y = figure_of(result.before, result.cost), figure_of(result.before, result.metric)
-    return (to_axis(x), y.value) if x is not None and y is not None else None
+def _draw_before(axes: Any, result: SweepResult, qualities: Sequence[float]) -> None:
+    """Draw the untouched model as a line at its quality; it is mostly too large or too poor to be a point."""
+    assert result.metric is not None
+    if result.before is None:
+        return
+    quality, cost = figure_of(result.before, result.metric), figure_of(result.before, result.cost)
+    low, high = min(qualities), max(qualities)
+    if quality is None or not low - 2 * (high - low) <= quality.value <= high + 2 * (high - low):
+        return
+    label = "as it came" + (f", {metric_text(cost)}" if cost is not None else "")
+    axes.axhline(quality.value, color=BEFORE, linestyle="--", linewidth=1.2, zorder=1, label=label)
 
 
 def _is_wide(values: Sequence[float]) -> bool:
     low, high = min(values), max(values)
     return low > 0 and math.isfinite(high) and high / low > 8
-
-
-def _scatter(axes: Any, points: Sequence[Point], color: str, label: str) -> None:
-    if points:
-        axes.scatter(*zip(*points, strict=True), s=34, color=color, zorder=2, label=label)
 
 
 def _label(axes: Any, front: Sequence[tuple[float, float, TrialResult]]) -> None:
