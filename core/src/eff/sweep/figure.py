@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eff.cli.show import metric_text
 from eff.schemas import Metric
 from eff.sweep.results import SweepResult, TrialResult, figure_of
 from eff.use import save_figure
@@ -40,7 +39,7 @@ def draw_front(result: SweepResult, path: Path, pyplot: Any) -> bool:
         [x for x, _, _ in front], [y for _, y, _ in front], "o-", color=FRONT, markersize=7, zorder=3, linewidth=1.4,
         drawstyle="steps-post" if x.better != "higher" else "steps-pre", label="Pareto front",
     )  # fmt: skip
-    _draw_before(axes, result, [y for _, _, y in points])
+    _draw_before(axes, result, [y for _, _, y in points], to_axis)
     _label(axes, front)
     axes.set_xlabel(x_label)
     axes.set_ylabel(_axis_label(result.metric, y))
@@ -61,7 +60,7 @@ def _x_scale(cost: str, figure: Metric) -> tuple[Any, str]:
     return (lambda metric: metric.value), _axis_label(cost, figure)
 
 
-def _draw_before(axes: Any, result: SweepResult, qualities: Sequence[float]) -> None:
+def _draw_before(axes: Any, result: SweepResult, qualities: Sequence[float], to_axis: Any) -> None:
     """Draw the untouched model as a line at its quality; it is mostly too large or too poor to be a point."""
     assert result.metric is not None
     if result.before is None:
@@ -70,7 +69,9 @@ def _draw_before(axes: Any, result: SweepResult, qualities: Sequence[float]) -> 
     low, high = min(qualities), max(qualities)
     if quality is None or not low - 2 * (high - low) <= quality.value <= high + 2 * (high - low):
         return
-    label = "as it came" + (f", {metric_text(cost)}" if cost is not None else "")
+    label = "as it came"
+    if cost is not None:
+        label += f", {to_axis(cost):.3g} {'KiB' if cost.unit == 'B' else cost.unit}".rstrip()
     axes.axhline(quality.value, color=BEFORE, linestyle="--", linewidth=1.2, zorder=1, label=label)
 
 
