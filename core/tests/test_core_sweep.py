@@ -334,6 +334,22 @@ def test_a_dry_run_prints_the_trials_and_touches_nothing(made, tmp_path, capsys,
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray (eff-core[sweep])")
+def test_a_cluster_that_does_not_listen_is_named_at_once(made, tmp_path):
+    import socket
+
+    from eff.sweep.on_ray import Resources, ray_pool
+
+    with socket.socket() as free:  # bound, but not listening
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        with pytest.raises(
+            RequestError, match=rf"--address {address}: cannot be reached \(.*refused\); start the cluster"
+        ):
+            sweep(request("strength=1"), tmp_path / "s", lambda log: ray_pool(Resources(address), log))
+    assert not (tmp_path / "s").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray (eff-core[sweep])")
 def test_ray_does_the_trials_and_one_that_fails_does_not_stop_the_others(tmp_path):

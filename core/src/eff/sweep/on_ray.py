@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from eff.sweep.work import Job, Outcome, Pool, do_job
 OBJECT_STORE_BYTES = 80 * 2**20
 """Ray's smallest is 75 MiB; jobs and outcomes are short texts, models stay in their run folders."""
 POLL_S = 0.2
+CONNECT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -86,13 +88,22 @@ def _start(ray: Any, resources: Resources, folder: str) -> None:
 
 def _connect(ray: Any, address: str | None) -> None:
     try:
+        _check_listens(address or "")
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, RuntimeError, ValueError, ImportError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except (OSError, RuntimeError, ValueError, ImportError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = " ".join(dict.fromkeys((lines[0], lines[-1])))  # of a traceback, what it is and how it ended
         raise RequestError(
-            f"--address {address}: cannot be reached ({first}); start the cluster with 'ray start --head', "
+            f"--address {address}: cannot be reached ({reason}); start the cluster with 'ray start --head', "
             "or leave out --address"
         ) from error
+
+
+def _check_listens(address: str) -> None:
+    """Raise at once where nothing listens; Ray itself would try for minutes."""
+    host, _, port = address.rpartition("://")[2].partition("/")[0].rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
 
 
 def _check_resources(ray: Any, resources: Resources, log: Log) -> None:
