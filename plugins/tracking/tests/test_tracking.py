@@ -220,11 +220,12 @@ def test_a_folder_for_tensorboard_holds_one_per_run(monkeypatch, tmp_path):
 
 
 @needs_mlflow
+@pytest.mark.slow  # importing MLflow takes seconds
 def test_mlflow_has_one_run_with_options_and_figures_also_when_it_was_resumed(monkeypatch, tmp_path):
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     from mlflow import MlflowClient
 
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # a database takes seconds to make
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # a database takes seconds more to make
     place = (tmp_path / "runs").as_uri()
     monkeypatch.setenv("EFF_TRACK", f"mlflow:{place}")
     monkeypatch.chdir(tmp_path)
