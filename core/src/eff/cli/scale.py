@@ -159,23 +159,16 @@ def _print_sweep(result: SweepResult, folder: Path) -> None:
 
     names = list(result.trials[0].setting)
     shown = [name for name in dict.fromkeys((result.metric, result.cost)) if name is not None]
-    right = range(1 + len(names), 1 + len(names) + len(shown) + 1)
+    right = range(1 + len(names), 1 + len(names) + len(shown))
     rows: list[list[object]] = []
     if result.before is not None:
-        before = result.before
-        rows.append(
-            ["as it came", *("" for _ in names), *(metric_text(figure_of(before, name)) for name in shown), "", ""]
-        )
+        before = [metric_text(figure_of(result.before, name)) for name in shown]
+        rows.append(["before", *("" for _ in names), *before, ""])
     for trial in best_first(result):
+        setting = [trial.setting[name] for name in names]
         note = "front" if trial.on_front else trial.state if trial.state != "done" else ""
-        rows.append(
-            [
-                trial.folder, *(trial.setting[name] for name in names),
-                *(metric_text(trial.figure(name)) for name in shown),
-                f"{trial.seconds:.0f} s" if trial.seconds is not None else "", note,
-            ]
-        )  # fmt: skip
-    columns = ["trial", *names, *(name.replace("_", " ") for name in shown), "time", ""]
+        rows.append([f"{trial.number:03d}", *setting, *(metric_text(trial.figure(name)) for name in shown), note])
+    columns = ["trial", *(name.replace("_", " ") for name in (*names, *shown)), ""]
     print_table(", ".join(use.name for use in result.definition.recipe.methods), columns, rows, right=right)
     for trial in result.of_state("failed"):
         typer.echo(f"  {trial.folder} failed: {trial.reason}")

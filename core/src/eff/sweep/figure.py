@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def draw_front(result: SweepResult, path: Path, pyplot: Any) -> bool:
     _, x, y = measured[0]
     to_axis, x_label = _x_scale(result.cost, x)
     points = [(trial, to_axis(x), y.value) for trial, x, y in measured]
-    figure, axes = pyplot.subplots(figsize=(7.5, 4.8), layout="constrained")
+    figure, (axes, notes) = pyplot.subplots(1, 2, figsize=(9.5, 4.8), width_ratios=(3, 1), layout="constrained")
     if _is_wide([x for _, x, _ in points]):
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(pyplot.matplotlib.ticker.FormatStrFormatter("%g"))
@@ -40,12 +41,12 @@ def draw_front(result: SweepResult, path: Path, pyplot: Any) -> bool:
         drawstyle="steps-post" if x.better != "higher" else "steps-pre", label="Pareto front",
     )  # fmt: skip
     _draw_before(axes, result, [y for _, _, y in points], to_axis)
-    _label(axes, front)
+    _label(axes, notes, front)
     axes.set_xlabel(x_label)
     axes.set_ylabel(_axis_label(result.metric, y))
     name = ", ".join(use.name for use in result.definition.recipe.methods)
     axes.set_title(f"{name}: {_words(result.metric)} against {_words(result.cost)}, {len(points)} trials")
-    axes.margins(0.14, 0.14)
+    axes.margins(0.1, 0.12)
     axes.grid(alpha=0.3)
     axes.legend(loc="best", frameon=False, fontsize=9)
     save_figure(figure, path)
@@ -80,12 +81,17 @@ def _is_wide(values: Sequence[float]) -> bool:
     return low > 0 and math.isfinite(high) and high / low > 8
 
 
-def _label(axes: Any, front: Sequence[tuple[float, float, TrialResult]]) -> None:
-    """Write the settings at up to `LABELLED` points of the front, spread evenly over it."""
+def _label(axes: Any, notes: Any, front: Sequence[tuple[float, float, TrialResult]]) -> None:
+    """Number up to `LABELLED` points of the front, spread evenly over it, and list their settings beside."""
     step = max(1, math.ceil(len(front) / LABELLED))
+    lines: list[str] = []
     for x, y, trial in front[::step]:
-        text = "\n".join(f"{name.rpartition('.')[2]} {value}" for name, value in trial.setting.items())
-        axes.annotate(text, (x, y), xytext=(7, -5), textcoords="offset points", fontsize=7.5, va="top", color=FRONT)
+        number = f"{trial.number:03d}"
+        axes.annotate(number, (x, y), xytext=(-5, 5), textcoords="offset points", fontsize=8, ha="right", color=FRONT)
+        setting = ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in trial.setting.items())
+        lines += textwrap.wrap(f"{number}  {setting}", width=32, subsequent_indent="        ")
+    notes.axis("off")
+    notes.text(0, 1, "\n".join(lines), va="top", fontsize=8, color=FRONT, linespacing=1.4)
 
 
 def _axis_label(name: str, figure: Metric) -> str:

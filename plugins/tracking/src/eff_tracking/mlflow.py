@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from eff.run import Run
 from eff_tracking.follow import options_of, run_name
@@ -19,6 +22,12 @@ FLUSH_S = 2.0
 BATCH = 500
 """Figures in a batch; a server takes 1000."""
 LONGEST_VALUE = 500
+
+
+def _alone_with(place: str) -> AbstractContextManager[object]:
+    """Let one process at a time make the tables of a SQLite file: the trials of a sweep all find none."""
+    _, found, path = place.partition("sqlite:///")
+    return FileLock(f"{path}.lock") if found and path else nullcontext()
 
 
 class MlflowTracker:
@@ -34,8 +43,10 @@ class MlflowTracker:
         self.metric = Metric
         self.waiting: list[Any] = []
         self.sent = time.monotonic()
-        self.client = MlflowClient(tracking_uri=place or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_PLACE)
-        experiment = self._experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT)
+        place = place or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_PLACE
+        with _alone_with(place):
+            self.client = MlflowClient(tracking_uri=place)
+            experiment = self._experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT)
         self.id = self._earlier(experiment, run.folder) if resumed else None
         if self.id is not None:
             self.client.update_run(self.id, status="RUNNING")
@@ -49,15 +60,14 @@ class MlflowTracker:
         from mlflow.exceptions import MlflowException
 
         found = self.client.get_experiment_by_name(name)
-        if found is not None:
-            return str(found.experiment_id)
-        try:
-            return str(self.client.create_experiment(name))
-        except MlflowException:  # another run was quicker
-            found = self.client.get_experiment_by_name(name)
-            if found is None:
-                raise
-            return str(found.experiment_id)
+        if found is None:
+            try:
+                return str(self.client.create_experiment(name))
+            except MlflowException:  # another run was quicker
+                found = self.client.get_experiment_by_name(name)
+                if found is None:
+                    raise
+        return str(found.experiment_id)
 
     def _earlier(self, experiment: str, folder: Path) -> str | None:
         """Return the run that an interrupted one in the same folder made."""
