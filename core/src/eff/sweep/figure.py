@@ -88,7 +88,7 @@ def _label(axes: Any, notes: Any, front: Sequence[tuple[float, float, TrialResul
     for x, y, trial in front[::step]:
         number = f"{trial.number:03d}"
         axes.annotate(number, (x, y), xytext=(-5, 5), textcoords="offset points", fontsize=8, ha="right", color=FRONT)
-        setting = ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in trial.setting.items())
+        setting = ", ".join(f"{name.rpartition('.')[2]}\u00a0{value}" for name, value in trial.setting.items())
         lines += textwrap.wrap(f"{number}  {setting}", width=32, subsequent_indent="        ")
     notes.axis("off")
     notes.text(0, 1, "\n".join(lines), va="top", fontsize=8, color=FRONT, linespacing=1.4)
