@@ -8,7 +8,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,25 +57,24 @@ def ray_pool(resources: Resources, log: Log) -> Iterator[Pool]:
         RequestError: the cluster cannot be reached, or has not what a trial needs.
     """
     ray = import_ray()
-    local = resources.address is None
-    folder = tempfile.mkdtemp(prefix="eff-ray-", dir="/tmp" if os.path.isdir("/tmp") else None)  # sockets: short path
-    try:
-        log.info("start Ray" if local else f"connect to Ray at {resources.address}")
-        if local:
+    with ExitStack() as ending:
+        if resources.address is None:
+            log.info("start Ray")
+            base = "/tmp" if os.path.isdir("/tmp") else None  # its sockets need a short path
+            folder = tempfile.mkdtemp(prefix="eff-ray-", dir=base)
+            ending.callback(shutil.rmtree, folder, ignore_errors=True)
+            ending.callback(ray.shutdown)
             _start(ray, resources, folder)
         else:
+            log.info(f"connect to Ray at {resources.address}")
+            ending.callback(ray.shutdown)
             _connect(ray, resources.address)
-        try:
-            _check_resources(ray, resources, log)
+        _check_resources(ray, resources, log)
 
-            def pool(jobs: Sequence[Job], stop: threading.Event) -> Iterator[Outcome]:
-                return _do_jobs(ray, resources, jobs, stop)
+        def pool(jobs: Sequence[Job], stop: threading.Event) -> Iterator[Outcome]:
+            return _do_jobs(ray, resources, jobs, stop)
 
-            yield pool
-        finally:
-            ray.shutdown()
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        yield pool
 
 
 def _start(ray: Any, resources: Resources, folder: str) -> None:
@@ -86,9 +85,9 @@ def _start(ray: Any, resources: Resources, folder: str) -> None:
     )  # fmt: skip
 
 
-def _connect(ray: Any, address: str | None) -> None:
+def _connect(ray: Any, address: str) -> None:
     try:
-        _check_listens(address or "")
+        _check_listens(address)
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except (OSError, RuntimeError, ValueError, ImportError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
