@@ -17,7 +17,8 @@ from eff.data import load_data
 from eff.errors import MissingDependencyError, ModelError, Problems
 from eff.schemas import ModelSpec
 from eff.tasks import Classification, ClassificationOptions
-from eff_zoo.building import MODELS, make_model
+from eff_zoo.building import MODELS as ALL_MODELS
+from eff_zoo.building import make_model
 from eff_zoo.cifar_resnet import PadShortcut
 from eff_zoo.mobilenet_v2 import round_channels
 from eff_zoo.plugin import Zoo
@@ -29,6 +30,7 @@ SHAPES = {  # small inputs, to be quick
     "vit_tiny": (3, 32, 32),
     "efficientnet_lite0": (3, 64, 64),
 }
+MODELS = [name for name, entry in ALL_MODELS.items() if entry.module != "eff_zoo.text_classifier"]
 SMALL = {"vit_tiny": {"depth": 2}}
 
 
