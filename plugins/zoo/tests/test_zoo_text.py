@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from eff.data import load_data
 from eff.errors import ModelError
 from eff.models import ModelRequest, open_model
 from eff.session import Plugins

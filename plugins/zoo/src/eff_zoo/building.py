@@ -24,6 +24,7 @@ class Entry(NamedTuple):
     module: str
     factory: str
     options: str
+    reads: str = "images"
 
 
 MODELS = {
@@ -36,8 +37,8 @@ MODELS = {
     "vit_tiny": Entry("eff_zoo.vit", "VisionTransformer", "ViTTinyOptions"),
     "mobilenet_v2": Entry("eff_zoo.mobilenet_v2", "MobileNetV2", "MobileNetV2Options"),
     "efficientnet_lite0": Entry("eff_zoo.efficientnet_lite", "efficientnet_lite0", "EfficientNetLiteOptions"),
-    "minilm_classifier": Entry("eff_zoo.text_classifier", "text_classifier", "MiniLMOptions"),
-    "text_tiny": Entry("eff_zoo.text_classifier", "text_classifier", "TextTinyOptions"),
+    "minilm_classifier": Entry("eff_zoo.text_classifier", "text_classifier", "MiniLMOptions", "texts"),
+    "text_tiny": Entry("eff_zoo.text_classifier", "text_classifier", "TextTinyOptions", "texts"),
 }
 
 
@@ -47,12 +48,11 @@ def build(spec: ModelSpec, run: Run) -> nn.Module:
     Options that the spec leaves out and the task knows (num_classes, in_channels, image_size) come
     from the task.
     """
+    if run.task.name == "classification" and spec.name in MODELS and MODELS[spec.name].reads == "texts":
+        raise ModelError(f"{spec.source} classifies texts, the data are images; use texts, e.g. --data csv:PATH")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(run.seed, f"build_model/{spec.source}"))
-        model = _make(spec.name, dict(spec.options), _task_options(run))
-    if run.task.name == "classification" and "tokenizer" in getattr(model, "task_options", {}):
-        raise ModelError(f"{spec.source} classifies texts, the data are images; use texts, e.g. --data csv:PATH")
-    return model
+        return _make(spec.name, dict(spec.options), _task_options(run))
 
 
 def make_model(name: str, **options: Any) -> nn.Module:
