@@ -67,7 +67,7 @@ class PaCA(Method[PaCAConfig]):
                 Check(left="paca_kept_mb", right="lora_kept_mb", relation="at_most"),
                 Check(left="paca_step_over_lora", right=1.0, relation="at_most"),
             ),
-            paper="ViT-B/16 on several image sets: comparable to LoRA (supplement).",
+            paper="Training time -22 %, memory -16 % against LoRA at comparable accuracy (abstract; LLaMA models).",
             unit="% accuracy; kept_share in %, kept_mb in MB",
             seeds=(0, 1, 2),
             minutes=2,
