@@ -39,7 +39,7 @@ def text_setting(seed: int) -> tuple[nn.Module, Setting]:
     opened = open_model(request, plugins)
     assert opened.data is not None
     return opened.model, Setting(
-        opened.data, lora_rank=8, paca=PaCAConfig(r=16, alpha=16, seed=seed), epochs=3, lr=LR, seed=seed
+        opened.data, lora_rank=8, paca=PaCAConfig(r=16, alpha=16, seed=seed), epochs=2, lr=LR, seed=seed
     )
 
 

@@ -41,7 +41,7 @@ def insert_columns(model: nn.Module, config: PaCAConfig, structure: dict[str, An
             replace_module(model, name, packed)
     if not structure["merged"]:
         period = 2 * (run.train.accumulate or 1) if config.write_back == "reference" else 0
-        wrap(model, structure, config, period)
+        wrap(model, structure, config, period, run.restoring)
     return model
 
 
@@ -67,7 +67,9 @@ def _plan(model: nn.Module, config: PaCAConfig, structure: dict[str, Any], run: 
     structure["merged"] = False
 
 
-def wrap(model: nn.Module, structure: Mapping[str, Any], config: PaCAConfig, period: int = 0) -> None:
+def wrap(
+    model: nn.Module, structure: Mapping[str, Any], config: PaCAConfig, period: int = 0, restoring: bool = False
+) -> None:
     """Put a `PartialLayer` around every adapted layer, in place."""
     for name, index in structure["columns"].items():
         layer = model.get_submodule(name)
@@ -76,7 +78,7 @@ def wrap(model: nn.Module, structure: Mapping[str, Any], config: PaCAConfig, per
             inner.weight.requires_grad_(False)
         r = len(index)
         alpha = layer_option(name, config.alpha, config.alpha_pattern)
-        partial = PartialLayer(layer, torch.tensor(index, dtype=torch.long), alpha / r, period)
+        partial = PartialLayer(layer, torch.tensor(index, dtype=torch.long), alpha / r, period, restoring)
         replace_module(model, name, partial)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from eff_peft_kit.delta import matrix
-from eff_peft_kit.targets import has_computed_weight
+from eff_peft_kit.targets import has_computed_weight, is_quantized
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -99,11 +99,12 @@ class PartialLayer(nn.Module):
         index: which input columns, (r,) int64.
         scale: s of the equations, > 0.
         period: forward passes of the released write-back rule; 0: p is written when it has changed.
+        restoring: p will be loaded; a fake quantizer cannot compute a weight before its scale is loaded.
     """
 
     index: Tensor
 
-    def __init__(self, layer: nn.Module, index: Tensor, scale: float, period: int = 0):
+    def __init__(self, layer: nn.Module, index: Tensor, scale: float, period: int = 0, restoring: bool = False):
         super().__init__()
         self.layer = layer
         self.scale = scale
@@ -112,7 +113,7 @@ class PartialLayer(nn.Module):
         self.calls = 0
         self._kind = type(layer)
         with torch.no_grad():
-            start = self._base_weight()
+            start = matrix(layer) if restoring and is_quantized(layer) else self._base_weight()
             self.register_buffer("index", index.to(start.device))
             columns = start[:, self.index]
             master = torch.float32 if columns.dtype in _HALF else columns.dtype

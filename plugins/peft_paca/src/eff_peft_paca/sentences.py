@@ -1,9 +1,9 @@
 """Six kinds of sentences, generated: `--data eff_peft_paca.sentences:sentences`.
 
 A sentence reports, asks or requests something, which happens or does not: three speech acts, each plain or
-negated, are the six classes. Each class has templates with slots for a person, an action and a time, and for
-paraphrases of what makes the class ("never", "did not", "failed to", ...). Persons, actions and times of the
-test sentences do not occur in training, so what a sentence is about says nothing of its class. 600 sentences
+negated, are the six classes. Each class has paraphrases ("did not", "never", "failed to", ...) with slots for a
+person, an action and a time. Neither the paraphrases nor the persons, actions and times of the test sentences
+occur in training. 600 sentences
 train and 600 test, 100 of each class; `?train=`, `?test=` and `?seed=` work as for other sources.
 """
 
@@ -45,45 +45,52 @@ TEST: Slots = {
     ),
     "when": ("on Friday", "at noon", "two years ago", "late at night", "during the storm", "over the holidays"),
 }  # fmt: skip
-TEMPLATES: dict[str, tuple[str, ...]] = {
+# Paraphrases of each class: those to train on, those to test on.
+TEMPLATES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "report": (
-        "{who} {did} {it} {when}.", "{when}, {who} {did} {it}.", "{who} managed to {do} {it} {when}.",
-        "it was {who} that {did} {it} {when}.", "I heard that {who} {did} {it} {when}.",
+        ("{who} {did} {it} {when}.", "{when}, {who} {did} {it}.", "it was {who} that {did} {it} {when}."),
+        ("{who} managed to {do} {it} {when}.", "I heard that {who} {did} {it} {when}."),
     ),
     "report_negated": (
-        "{who} did not {do} {it} {when}.", "{who} never {did} {it} {when}.", "{who} failed to {do} {it} {when}.",
-        "{when}, {who} refused to {do} {it}.", "I heard that nobody but {who} avoided having to {do} {it} {when}.",
+        ("{who} did not {do} {it} {when}.", "{who} never {did} {it} {when}.", "{when}, {who} refused to {do} {it}."),
+        ("{who} failed to {do} {it} {when}.", "I heard that {who} forgot to {do} {it} {when}."),
     ),
     "question": (
-        "did {who} {do} {it} {when}?", "do you know whether {who} {did} {it} {when}", "was it {who} that {did} {it} {when}?",
-        "I wonder if {who} {did} {it} {when}.", "could you tell me who {did} {it} {when}, {who} perhaps?",
+        ("did {who} {do} {it} {when}?", "do you know whether {who} {did} {it} {when}", "was it {who} that {did} {it} {when}?"),
+        ("I wonder if {who} {did} {it} {when}.", "has anyone heard whether {who} managed to {do} {it} {when}?"),
     ),
     "question_negated": (
-        "didn't {who} {do} {it} {when}?", "why did {who} not {do} {it} {when}", "do you know why {who} never {did} {it} {when}?",
-        "I wonder why {who} failed to {do} {it} {when}.", "could you tell me why {who} refused to {do} {it} {when}?",
+        ("didn't {who} {do} {it} {when}?", "why did {who} not {do} {it} {when}", "do you know why {who} never {did} {it} {when}?"),
+        ("I wonder why {who} failed to {do} {it} {when}.", "has anyone heard why {who} refused to {do} {it} {when}?"),
     ),
     "request": (
-        "please have {who} {do} {it} {when}.", "{who} should {do} {it} {when}, please.", "make sure that {who} will {do} {it} {when}.",
-        "I would like {who} to {do} {it} {when}.", "could you ask {who} to {do} {it} {when}?",
+        ("please have {who} {do} {it} {when}.", "{who} should {do} {it} {when}, please.", "make sure that {who} will {do} {it} {when}."),
+        ("I would like {who} to {do} {it} {when}.", "could you ask {who} to {do} {it} {when}?"),
     ),
     "request_negated": (
-        "please do not let {who} {do} {it} {when}.", "{who} should not {do} {it} {when}, please.",
-        "make sure that {who} will not {do} {it} {when}.", "I would rather {who} did not {do} {it} {when}.",
-        "could you keep {who} from having to {do} {it} {when}?",
+        ("please do not let {who} {do} {it} {when}.", "{who} should not {do} {it} {when}, please.", "make sure that {who} will not {do} {it} {when}."),
+        ("I would rather {who} did not {do} {it} {when}.", "could you keep {who} from having to {do} {it} {when}?"),
     ),
 }  # fmt: skip
 
 
-def make_sentences(slots: Slots, per_class: int, generator: random.Random) -> tuple[list[str], list[int]]:
-    """Return different sentences and the index of their class, `per_class` of each."""
+def make_sentences(slots: Slots, part: int, per_class: int, generator: random.Random) -> tuple[list[str], list[int]]:
+    """Return different sentences and the index of their class, `per_class` of each.
+
+    Args:
+        slots: what fills the templates.
+        part: 0 for the paraphrases to train on, 1 for those to test on.
+        per_class: how many of each class.
+        generator: the randomness.
+    """
     texts: list[str] = []
     labels: list[int] = []
-    for label, templates in enumerate(TEMPLATES.values()):
+    for label, paraphrases in enumerate(TEMPLATES.values()):
         made: dict[str, None] = {}
         while len(made) < per_class:
             do, did, it = generator.choice(slots["what"])
             who, when = generator.choice(slots["who"]), generator.choice(slots["when"])
-            text = generator.choice(templates).format(who=who, when=when, do=do, did=did, it=it)
+            text = generator.choice(paraphrases[part]).format(who=who, when=when, do=do, did=did, it=it)
             made[text[0].upper() + text[1:]] = None
         texts += made
         labels += [label] * per_class
@@ -94,8 +101,10 @@ def sentences(spec: DataSpec, task: TaskSpec | None) -> Data:
     """Return the sentences as data; the same seed gives the same sentences."""
     options = read_options(spec, TextOptions)
     parts = []
-    for name, slots in (("train", TRAIN), ("test", TEST)):
-        texts, labels = make_sentences(slots, PER_CLASS, random.Random(derive_seed(options.seed, f"sentences/{name}")))
+    for part, (name, slots) in enumerate((("train", TRAIN), ("test", TEST))):
+        texts, labels = make_sentences(
+            slots, part, PER_CLASS, random.Random(derive_seed(options.seed, f"sentences/{name}"))
+        )
         parts.append(Labelled(TextStore(texts), torch.tensor(labels)))
     found = Found(tuple(TEMPLATES), train=parts[0], test=parts[1], noun="texts")
     return make_text_data(spec, options, task, found)
