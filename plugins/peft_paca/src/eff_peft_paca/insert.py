@@ -31,6 +31,10 @@ def insert_columns(model: nn.Module, config: PaCAConfig, structure: dict[str, An
     """
     if not run.restoring:
         _plan(model, config, structure, run)
+    elif not structure["merged"]:  # training may go on
+        kept = set(structure["trained"])
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in kept)
     for name in structure["columns"]:
         layer = model.get_submodule(name)
         if config.quantize_base != "none" and not isinstance(layer, PackedLinear):

@@ -77,7 +77,7 @@ class PaCA(Method[PaCAConfig]):
         model="zoo:vit_micro?depth=2",
         data="digits?train=128&test=64",
         options={"r": 4},
-        train=TrainOptions(epochs=1, batch_size=64, lr=0.01),
+        train=TrainOptions(epochs=1, batch_size=32, accumulate=1, lr=0.01),
     )
 
     def __init__(self, config: PaCAConfig | None = None):
