@@ -6,14 +6,6 @@ import copy
 
 import pytest
 import torch
-from eff_peft_kit.delta import apply_delta, matrix, read_delta, remove_delta
-from eff_peft_paca.config import PaCAConfig
-from eff_peft_paca.diagnostics import gradient_error, record_kept
-from eff_peft_paca.layer import PartialLayer, PartialLinear, partial_layers
-from eff_peft_paca.packed import BLOCK, NF4_LEVELS, PackedLinear, pack, unpack
-from eff_peft_paca.plugin import PaCA
-from eff_peft_paca.selection import choose_columns, column_norms
-from eff_peft_paca.sentences import TEMPLATES, TEST, TRAIN, make_sentences
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -28,6 +20,14 @@ from eff.schemas import CORE_TRAINING, MethodUse, Recipe, TaskSpec, TrainOptions
 from eff.session import Chosen, Plugins
 from eff.training import Training
 from eff.use import UseRequest, evaluate
+from eff_peft_kit.delta import apply_delta, matrix, read_delta, remove_delta
+from eff_peft_paca.config import PaCAConfig
+from eff_peft_paca.diagnostics import gradient_error, record_kept
+from eff_peft_paca.layer import PartialLayer, PartialLinear, partial_layers
+from eff_peft_paca.packed import BLOCK, NF4_LEVELS, PackedLinear, pack, unpack
+from eff_peft_paca.plugin import PaCA
+from eff_peft_paca.selection import choose_columns, column_norms
+from eff_peft_paca.sentences import TEMPLATES, TEST, TRAIN, make_sentences
 
 CLASSES = 3
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from eff_peft_kit.targets import adaptable_layers, in_features, is_linear, output_layer
 from torch import nn
 
 from eff.data import Batch, Data, move_batch
@@ -24,6 +23,7 @@ from eff.schemas import CORE_TRAINING, TrainOptions
 from eff.seeding import seed_everything
 from eff.session import Chosen, Plugins
 from eff.training import Training
+from eff_peft_kit.targets import adaptable_layers, in_features, is_linear, output_layer
 from eff_peft_paca.config import PaCAConfig
 from eff_peft_paca.diagnostics import record_kept
 from eff_peft_paca.layer import partial_layers

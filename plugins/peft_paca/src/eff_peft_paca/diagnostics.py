@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from eff_peft_kit.freezing import parameter_metrics
 from torch import Tensor, nn
 
 from eff.data import Batch, Data, move_batch
 from eff.measure import time_calls
 from eff.run import Run
 from eff.schemas import Metric, Metrics
+from eff_peft_kit.freezing import parameter_metrics
 from eff_peft_paca.config import PaCAConfig
 from eff_peft_paca.insert import adapted, trained_columns, trained_parameter
 from eff_peft_paca.layer import PartialLayer, partial_layers

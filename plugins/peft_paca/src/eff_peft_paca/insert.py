@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from eff_peft_kit.delta import Delta, base_checksum, matrix
-from eff_peft_kit.freezing import TrainBias, freeze
-from eff_peft_kit.targets import has_computed_weight, is_quantized, output_layer, replace_module, select_targets
 from torch import Tensor, nn
 
 from eff.errors import ConfigError, UnsupportedModelError
 from eff.run import Run
+from eff_peft_kit.delta import Delta, base_checksum, matrix
+from eff_peft_kit.freezing import TrainBias, freeze
+from eff_peft_kit.targets import has_computed_weight, is_quantized, output_layer, replace_module, select_targets
 from eff_peft_paca.config import PaCAConfig
 from eff_peft_paca.layer import PartialLayer, partial_layers
 from eff_peft_paca.packed import PackedLinear

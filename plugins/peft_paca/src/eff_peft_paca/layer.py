@@ -13,13 +13,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from eff_peft_kit.delta import matrix
-from eff_peft_kit.targets import has_computed_weight, is_quantized
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from eff.errors import PluginError
+from eff_peft_kit.delta import matrix
+from eff_peft_kit.targets import has_computed_weight, is_quantized
 
 _HALF = (torch.float16, torch.bfloat16)
 

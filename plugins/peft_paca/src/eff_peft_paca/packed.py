@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from eff_peft_kit.delta import matrix
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from eff_peft_kit.delta import matrix
 
 BLOCK = 64
 NF4_LEVELS = (

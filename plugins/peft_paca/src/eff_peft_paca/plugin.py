@@ -131,9 +131,8 @@ class PaCA(Method[PaCAConfig]):
         """Write the trained columns and the other trained tensors without the base model."""
         if target.format not in self.card.formats:
             return None
-        from eff_peft_kit.delta import write_delta
-
         from eff.files import describe_artifact
+        from eff_peft_kit.delta import write_delta
         from eff_peft_paca.insert import make_delta
 
         details = write_delta(target.path, make_delta(model, self.structure, self.config, self.original))

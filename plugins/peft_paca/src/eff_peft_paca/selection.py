@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from eff_peft_kit.delta import matrix
-from eff_peft_kit.targets import has_computed_weight, in_features, is_conv1d, matches
 from torch import Tensor, nn
 
 from eff.errors import ConfigError, DataError, did_you_mean
 from eff.run import Run
 from eff.seeding import named_generator
+from eff_peft_kit.delta import matrix
+from eff_peft_kit.targets import has_computed_weight, in_features, is_conv1d, matches
 from eff_peft_paca.config import PaCAConfig
 
 PLUGIN = "peft_paca"
