@@ -571,7 +571,8 @@ def test_a_run_reports_what_it_saves_and_ships_a_plain_model(tmp_path):
     assert not [name for name in saved if name.endswith((".p", ".index"))]
     assert values["trainable_parameters"].value == 2 * 4 * (192 + 64 + 256 + 64) + 650
     assert values["gradient_error"].value < 1e-4
-    assert values["kept_bytes_layers"].value < 8 * 17 * 4 * 4 * 8 + 1  # samples, tokens, columns, bytes, layers
+    assert values["kept_in_layers"].value < 8 * 17 * 4 * 4 * 8 + 1  # samples, tokens, columns, bytes, layers
+    assert report.after.bytes == (tmp_path / "run" / "model.pt").stat().st_size  # a delta alone is no model
     assert (tmp_path / "run" / "model.delta").stat().st_size < 0.3 * (tmp_path / "run" / "model.pt").stat().st_size
 
 

@@ -82,7 +82,7 @@ def write_delta(path: Path, delta: Delta) -> dict[str, Any]:
     save_file(
         {name: value.contiguous().clone() for name, value in tensors.items()}, path, metadata={_KEY: json.dumps(head)}
     )
-    return {"kind": delta.kind, "layers": len(delta.columns), "numbers": delta.numbers}
+    return {"needs_base": True, "kind": delta.kind, "layers": len(delta.columns), "numbers": delta.numbers}
 
 
 def read_delta(path: Path) -> Delta:

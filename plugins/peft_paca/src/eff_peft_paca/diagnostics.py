@@ -163,8 +163,8 @@ def _measured(model: nn.Module, batch: Batch, run: Run) -> dict[str, Metric]:
     finally:
         model.train(was_training)
     return {
-        "kept_bytes_layers": Metric(value=kept.layers, unit="bytes", better="lower"),
-        "kept_bytes": Metric(value=kept.total, unit="bytes", better="lower"),
+        "kept_in_layers": Metric(value=kept.layers, unit="B", better="lower"),
+        "kept_for_backward": Metric(value=kept.total, unit="B", better="lower"),
         "step_time": Metric(value=step.median, unit="ms", better="lower"),
         "gradient_error": Metric(value=error, better="lower"),
     }
