@@ -583,6 +583,8 @@ def test_a_run_on_a_packed_base_reloads_to_the_same_result(tmp_path, format):
     assert again.metrics.values["cross_entropy"].value == pytest.approx(
         report.after.metrics.values["cross_entropy"].value, rel=1e-5
     )
+    # of the 102,218 numbers of the base, packed or not
+    assert again.metrics.values["trainable_share"].value == pytest.approx(100 * (2 * 4 * 576 + 650) / 102_218)
     saved = torch.load(tmp_path / "run" / "model.pt", weights_only=True)["state_dict"]
     assert saved["blocks.0.mlp.fc1.layer.codes"].dtype == (torch.uint8 if format == "nf4" else torch.int8)
 
@@ -592,6 +594,24 @@ def test_the_text_encoder_of_transformers_is_adapted(tmp_path):
     data = "eff_peft_paca.sentences:sentences?train=96&test=48&max_length=32"
     report = apply(recipe(tmp_path, "zoo:text_tiny", data), tmp_path / "run")
     assert report.after.metrics.values["trainable_parameters"].value == 2 * 4 * (4 * 32 + 64 + 32) + 33 * 6
+
+
+def test_a_vit_of_transformers_is_adapted_in_bfloat16(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="needs transformers (eff-core[text])")
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4,
+        num_channels=1, num_labels=10,
+    )  # fmt: skip
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    wanted = recipe(tmp_path, f"hf:{tmp_path / 'vit'}")
+    report = apply(wanted.model_copy(update={"precision": "bf16"}), tmp_path / "run")
+    assert report.after.metrics.values["trainable_parameters"].value > 170
+    assert report.after.metrics.values["gradient_error"].value < 0.01  # bfloat16 has 8 bits
+    again = evaluate(UseRequest(str(tmp_path / "run"), device="cpu"))
+    assert again.metrics.values["cross_entropy"].value == pytest.approx(
+        report.after.metrics.values["cross_entropy"].value, rel=0.01
+    )
 
 
 def test_quantization_goes_before_or_onto_the_finished_model_but_not_after_it_in_one_run(tmp_path):

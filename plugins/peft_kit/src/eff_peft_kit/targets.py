@@ -76,7 +76,7 @@ def output_layer(model: nn.Module, forward: Callable[[], Any]) -> str | None:
     """Return the name of the linear layer that `forward` calls last, the head; None where it calls none."""
     called: list[str] = []
     handles = [
-        module.register_forward_pre_hook(lambda *_, name=name: called.append(name))  # type: ignore[misc]
+        module.register_forward_pre_hook(lambda *_, name=name: called.append(name))
         for name, module in adaptable_layers(model).items()
         if is_linear(module)
     ]

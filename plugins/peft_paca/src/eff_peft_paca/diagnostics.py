@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from eff_peft_kit.freezing import parameter_metrics
 from eff_peft_paca.config import PaCAConfig
 from eff_peft_paca.insert import adapted, trained_columns, trained_parameter
 from eff_peft_paca.layer import PartialLayer, partial_layers
+from eff_peft_paca.packed import PackedLinear
 
 _SAMPLES = 8
 _CHECKED = 4  # layers whose gradients are compared
@@ -114,11 +116,11 @@ def gradient_error(model: nn.Module, loss: Callable[[], Tensor]) -> float:
             handle.remove()
     worst = 0.0
     for layer in inputs:
-        whole = sum(
-            output.grad.flatten(0, -2).double().t() @ x.flatten(0, -2).double()  # type: ignore[union-attr]
-            for x, output in zip(inputs[layer], outputs[layer], strict=True)
-        )
-        assert isinstance(whole, Tensor) and layer.p.grad is not None
+        assert layer.p.grad is not None
+        whole = torch.zeros((), dtype=torch.float64, device=layer.p.device)
+        for x, output in zip(inputs[layer], outputs[layer], strict=True):
+            assert output.grad is not None
+            whole = whole + output.grad.flatten(0, -2).double().t() @ x.flatten(0, -2).double()
         reference = whole[:, layer.index] * layer.scale
         error = (layer.p.grad.double() - reference).norm() / reference.norm().clamp(min=1e-30)
         worst = max(worst, float(error))
@@ -137,6 +139,7 @@ def diagnose(
     total = sum(parameter.numel() for parameter in model.parameters())
     if not structure["merged"]:
         total -= trained  # p repeats columns of the weight
+    total += sum(math.prod(module.shape) for module in model.modules() if isinstance(module, PackedLinear))
     values = parameter_metrics(trained + whole, total)
     with adapted(model, structure, config) as works:
         if works and data is not None and data.test is not None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn import grad
 
 from eff.errors import PluginError
 from eff_peft_kit.delta import matrix
@@ -79,9 +80,9 @@ class PartialConv2d(torch.autograd.Function):
         how = (conv.stride, conv.padding, conv.dilation)
         dx = dp = db = None
         if ctx.needs_input_grad[0]:
-            dx = torch.nn.grad.conv2d_input(ctx.shape, weight.to(dy.dtype), dy, *how)
+            dx = grad.conv2d_input(ctx.shape, weight.to(dy.dtype), dy, *how)
         if ctx.needs_input_grad[1]:
-            gradient = torch.nn.grad.conv2d_weight(x_index.to(dy.dtype), layer.p.shape, dy, *how)
+            gradient = grad.conv2d_weight(x_index.to(dy.dtype), layer.p.shape, dy, *how)
             dp = gradient.to(layer.p.dtype) * layer.scale
         if ctx.needs_input_grad[2]:
             db = dy.sum((0, 2, 3)).to(ctx.bias_dtype)

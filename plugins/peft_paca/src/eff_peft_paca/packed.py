@@ -91,7 +91,8 @@ def unpack(codes: Tensor, absmax: Tensor, shape: tuple[int, ...], format: Format
     """Return the weight (out, in), float32."""
     if format == "int8":
         return codes.float() * (absmax / _INT8_MAX)
-    both = torch.stack([codes >> 4, codes & 15], 1).long()
+    wide = codes.int()  # ONNX shifts no bytes
+    both = torch.stack([wide >> 4, wide & 15], 1).long()
     flat = _levels(codes.device)[both].view(-1, BLOCK) * absmax
     return flat.flatten()[: shape[0] * shape[1]].view(shape)
 

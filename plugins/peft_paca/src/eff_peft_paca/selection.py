@@ -80,7 +80,8 @@ def choose_columns(
 
 
 def _weight(layer: nn.Module) -> Tensor:
-    return layer.weight().detach() if has_computed_weight(layer) else matrix(layer)  # type: ignore[operator]
+    computed: Tensor = layer.weight() if has_computed_weight(layer) else matrix(layer)  # type: ignore[operator]
+    return computed.detach()
 
 
 def column_norms(weight: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -23,8 +24,8 @@ from eff.seeding import derive_seed
 
 PER_CLASS = 100
 
-# Actions stand as (base form, past, object).
-Slots = Mapping[str, Sequence[str | tuple[str, str, str]]]
+# Actions ("what") stand as (base form, past, object).
+Slots = Mapping[str, Sequence[Any]]
 TRAIN: Slots = {
     "who": ("the plumber", "my aunt", "Maria", "the new clerk", "our neighbour", "the pilot", "Tom", "the choir"),
     "what": (
