@@ -54,7 +54,7 @@ class PaCA(Method[PaCAConfig]):
             paper="Training time -22 %, memory -16 % against LoRA at comparable accuracy (abstract; LLaMA models).",
             unit="% or MB",
             seeds=(0, 1, 2),
-            minutes=7,
+            minutes=9,
         ),
         Claim(
             id="vit_digits",
@@ -70,7 +70,7 @@ class PaCA(Method[PaCAConfig]):
             paper="Training time -22 %, memory -16 % against LoRA at comparable accuracy (abstract; LLaMA models).",
             unit="% or MB",
             seeds=(0, 1, 2),
-            minutes=2,
+            minutes=3,
         ),
     )
     sample: ClassVar = Sample(
