@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from eff.method import Field
 from eff_fl_kit.config import FederatedConfig
+
+from eff.method import Field
 
 
 class FedSpeedConfig(FederatedConfig):
@@ -13,7 +14,9 @@ class FedSpeedConfig(FederatedConfig):
 
     lamb: float = Field(0.1, gt=0, description="Strength of the proximal term, 1/lambda of the paper.")
     rho: float = Field(0.1, ge=0, description="Radius of the ascent step; 0 takes the plain gradient.")
-    alpha: float = Field(1.0, ge=0, le=1, description="Share of the ascent point's gradient; the rest is the plain one.")
+    alpha: float = Field(
+        1.0, ge=0, le=1, description="Share of the ascent point's gradient; the rest is the plain one."
+    )
     server_rule: Literal["code", "paper"] = Field(
         "code", description="Add the mean offset of all clients (reference code) or each participant's own (paper)."
     )

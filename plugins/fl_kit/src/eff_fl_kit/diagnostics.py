@@ -33,7 +33,9 @@ def diagnose(method: FederatedMethod[Any], model: nn.Module, run: Run) -> Metric
 
 def totals(history: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the sums over the rounds."""
-    return {name: sum(row[name] for row in history) for name in ("drawn", "answered", "up", "down", "steps", "gradients")}
+    return {
+        name: sum(row[name] for row in history) for name in ("drawn", "answered", "up", "down", "steps", "gradients")
+    }
 
 
 def _batches(run: Run, samples: int) -> Any:

@@ -20,7 +20,9 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """
     found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not found:
-        raise RequestError("nothing in the model requires a gradient, so there is nothing to train or send; use --epochs 0")
+        raise RequestError(
+            "nothing in the model requires a gradient, so there is nothing to train or send; use --epochs 0"
+        )
     types = {parameter.dtype for parameter in found.values()}
     if len(types) > 1:
         raise UnsupportedModelError(
@@ -56,7 +58,9 @@ def flat_statistics(model: nn.Module) -> Tensor | None:
     layers = normalisation_layers(model)
     if not layers:
         return None
-    return torch.cat([value.reshape(-1).float() for layer in layers for value in (layer.running_mean, layer.running_var)])  # type: ignore[union-attr]
+    return torch.cat(
+        [value.reshape(-1).float() for layer in layers for value in (layer.running_mean, layer.running_var)]
+    )  # type: ignore[union-attr]
 
 
 def load_flat_statistics(model: nn.Module, statistics: Tensor) -> None:

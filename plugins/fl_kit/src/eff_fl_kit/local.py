@@ -23,7 +23,9 @@ NORM_GUARD = 1e-7
 """Added to the norm of the ascent gradient and of a clipped one; a zero gradient gives no ascent."""
 
 
-def descend(client: Client, correction: Tensor | None = None, pull: float = 0.0, ascent: float = 0.0, mix: float = 1.0) -> None:
+def descend(
+    client: Client, correction: Tensor | None = None, pull: float = 0.0, ascent: float = 0.0, mix: float = 1.0
+) -> None:
     """Do the client's local steps in place.
 
     Args:

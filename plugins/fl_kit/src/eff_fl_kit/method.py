@@ -1,12 +1,12 @@
 """The base class of federated methods: a round is a training step. Imports no torch.
 
-    class FedNew(FederatedMethod[FedNewConfig]):
-        card = Card(...)
+class FedNew(FederatedMethod[FedNewConfig]):
+    card = Card(...)
 
-        @hookimpl
-        def fl_client_update(self, client):
-            ...
-            return client.update(weights=client.model.weights)
+    @hookimpl
+    def fl_client_update(self, client):
+        ...
+        return client.update(weights=client.model.weights)
 """
 
 from __future__ import annotations

@@ -103,6 +103,8 @@ def labels_of(split: Split, partition: str) -> Tensor:
         batch = split.batch(range(start, min(start + _LABEL_BATCH, len(split))))
         label = batch.get("label")
         if not isinstance(label, Tensor) or label.ndim != 1 or label.is_floating_point():
-            raise DataError(f"partition={partition} needs one class label per sample, this data has none; use partition=iid")
+            raise DataError(
+                f"partition={partition} needs one class label per sample, this data has none; use partition=iid"
+            )
         found.append(label)
     return torch.cat(found).cpu()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from eff.errors import RequestError, RunError
 from eff.run import Run, Step, StepResult
@@ -22,7 +22,6 @@ from eff_fl_kit.flat import (
     load_flat_statistics,
     load_flat_weights,
     normalisation_layers,
-    trained_parameters,
 )
 from eff_fl_kit.partitions import divide
 from eff_fl_kit.protocol import STATISTICS, Client, Server, State, Update, bytes_of, is_finite
@@ -136,7 +135,9 @@ class Federation:
         self.has_data = torch.tensor([len(part) > 0 for part in self.parts])
         self.backend: Backend = (make_backend or _in_process)(method, run, self.parts)
         if empty := int((~self.has_data).sum()):
-            run.warn(f"{empty} of {len(self.parts)} clients have no data and are never drawn; a larger dirichlet evens out")
+            run.warn(
+                f"{empty} of {len(self.parts)} clients have no data and are never drawn; a larger dirichlet evens out"
+            )
 
     def run_round(self, step: Step) -> StepResult:
         """Do round `step.index` and leave the new weights in the model.
@@ -149,9 +150,7 @@ class Federation:
             run.warn("the model has batch normalisation: clients train on their own statistics and the server averages "
                      "them by samples; group normalisation suits unlike clients better")  # fmt: skip
         lr = local_rate(run, config, step.index)
-        server = Server(
-            step.index, flat_weights(step.module), method.server_state, config.n_clients, lr
-        )
+        server = Server(step.index, flat_weights(step.module), method.server_state, config.n_clients, lr)
         message: State = dict(run.hook.fl_broadcast(server=server))
         statistics = flat_statistics(step.module)
         if statistics is not None:
@@ -210,5 +209,3 @@ def _spread(server: Server, updates: list[Update]) -> float:
         return 0.0
     mean = server.mean(updates)
     return sum(float((update.sent["weights"] - mean).square().sum()) for update in updates) / len(updates)
-
-
