@@ -12,11 +12,6 @@ import statistics
 from typing import Any
 
 import torch
-from eff_fl_kit.baselines import AveragingConfig, FedAvg, Scaffold
-from eff_fl_kit.config import FederatedConfig
-from eff_fl_kit.diagnostics import train_loss
-from eff_fl_kit.method import FederatedMethod
-from eff_fl_kit.plugin import FLKit
 from torch import nn
 
 from eff.claims import ClaimRun
@@ -29,6 +24,11 @@ from eff.session import Chosen, Plugins
 from eff.training import Training
 from eff_fl_fedspeed.config import FedSpeedConfig
 from eff_fl_fedspeed.plugin import FedSpeed
+from eff_fl_kit.baselines import AveragingConfig, FedAvg, Scaffold
+from eff_fl_kit.config import FederatedConfig
+from eff_fl_kit.diagnostics import train_loss
+from eff_fl_kit.method import FederatedMethod
+from eff_fl_kit.plugin import FLKit
 
 SETTING: dict[str, Any] = {
     "rounds": 60, "n_clients": 20, "active_ratio": 0.25, "dirichlet": 0.1, "local_epochs": 5, "batch_size": 32,

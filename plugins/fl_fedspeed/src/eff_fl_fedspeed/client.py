@@ -24,9 +24,8 @@ from typing import TYPE_CHECKING
 from eff_fl_kit.local import descend
 
 if TYPE_CHECKING:
-    from eff_fl_kit.protocol import Client, Server, Update
-
     from eff_fl_fedspeed.config import FedSpeedConfig
+    from eff_fl_kit.protocol import Client, Server, Update
 
 OFFSET = "h"
 LAST = "last"

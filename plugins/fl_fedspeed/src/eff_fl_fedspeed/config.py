@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from eff_fl_kit.config import FederatedConfig
-
 from eff.method import Field
+from eff_fl_kit.config import FederatedConfig
 
 
 class FedSpeedConfig(FederatedConfig):

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from eff_fl_kit.method import FederatedMethod
-
 from eff.method import Card, Check, Claim, Sample, hookimpl
 from eff.schemas import Metric, Metrics, TrainOptions
 from eff_fl_fedspeed.config import FedSpeedConfig
+from eff_fl_kit.method import FederatedMethod
 
 if TYPE_CHECKING:
-    from eff_fl_kit.protocol import Client, Server, Update
     from torch import nn
 
     from eff.data import Data
     from eff.run import Run
+    from eff_fl_kit.protocol import Client, Server, Update
 
 PROBE_RADIUS = 0.1
 """Radius of the sharpness probe: the default rho, whatever a run uses, so that runs compare."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from eff.errors import RequestError
 from eff.method import Method, hookimpl
 from eff.schemas import Metrics, TrainOptions
 from eff_fl_kit.config import FederatedConfig
@@ -38,6 +39,8 @@ class FederatedMethod(Method[ConfigT]):
         """Memory of the clients that run in this process, by their number."""
         self.history: list[dict[str, Any]] = []
         """One row per round: clients, loss, spread, bytes, gradients."""
+        self.elsewhere = False
+        """Whether the clients keep their memories outside this process."""
         self.federation: Federation | None = None
 
     def training(self) -> TrainOptions:
@@ -77,10 +80,19 @@ class FederatedMethod(Method[ConfigT]):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the memory of the server and the clients, and the rounds so far."""
-        return {"server": self.server_state, "clients": self.client_states, "history": self.history}
+        return {
+            "server": self.server_state, "clients": self.client_states, "history": self.history,
+            "elsewhere": self.elsewhere,
+        }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
+        """Take back what `state_dict` returned.
+
+        Raises:
+            RequestError: the clients' memories are not here, because they were on Flower.
+        """
+        if state.get("elsewhere"):
+            raise RequestError("this run's clients were on Flower and took their memory with them; start the run anew")
         self.server_state = dict(state.get("server", {}))
         self.client_states = {index: dict(value) for index, value in state.get("clients", {}).items()}
         self.history = list(state.get("history", []))

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from eff_fl_kit.method import FederatedMethod
 
 
+_PATIENCE = 3
+
+
 class Backend(Protocol):
     """Where the clients are. `InProcess` is here, Flower's in `eff_fl_kit.flower`."""
 
@@ -132,6 +135,9 @@ class Federation:
     def __init__(self, method: FederatedMethod[Any], run: Run):
         self.method = method
         self.parts = divide(run.split("train"), method.config, run.seed)
+        method.elsewhere = make_backend is not None
+        self.silent = 0
+        """Rounds in a row that brought nothing."""
         self.has_data = torch.tensor([len(part) > 0 for part in self.parts])
         self.backend: Backend = (make_backend or _in_process)(method, run, self.parts)
         if empty := int((~self.has_data).sum()):
@@ -163,6 +169,12 @@ class Federation:
         )
         updates = sorted(self.backend.train(drawn, step, lr, message), key=lambda update: update.index)
         updates = [update for update in updates if is_finite(update.sent)]
+        self.silent = 0 if updates else self.silent + 1
+        if self.silent == _PATIENCE:
+            raise RunError(
+                "three rounds in a row brought nothing usable from any client; where the loss is not finite try a "
+                "smaller --lr, on Flower see the nodes' logs"
+            )
         if updates:
             run.hook.fl_aggregate(server=server, updates=updates)
         if updates and statistics is not None:

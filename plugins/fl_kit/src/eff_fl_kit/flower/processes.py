@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,8 @@ _GRACE = 5.0
 
 
 def environment(home: Path) -> dict[str, str]:
-    """Return the environment of Flower's processes: no telemetry, no update check, settings under `home`."""
-    path = os.pathsep.join(
-        [str(Path(sys.executable).parent), sysconfig.get_path("scripts"), os.environ.get("PATH", "")]
-    )
+    """Return the environment of Flower's processes: no telemetry, no update check, programs and settings in `home`."""
+    path = os.pathsep.join([str(home / "bin"), os.environ.get("PATH", "")])
     return {
         **os.environ, "PATH": path, "FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1", "NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost",
@@ -55,7 +54,7 @@ class LocalFederation:
         """Start one of Flower's programs in a session of its own; its output goes to NAME.log."""
         with open(self.folder / f"{name}.log", "wb") as log:
             self.processes[name] = subprocess.Popen(
-                [_program(program), *arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                [str(self.folder / "home" / "bin" / program), *arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                 env=environment(self.folder / "home"), cwd=self.folder, start_new_session=True,
             )  # fmt: skip
 
@@ -85,7 +84,7 @@ class LocalFederation:
             RunError: Flower refuses it.
         """
         done = subprocess.run(
-            [_program("flwr"), "run", str(app), "local-tls"], env=environment(self.folder / "home"), cwd=self.folder,
+            [str(self.folder / "home" / "bin" / "flwr"), "run", str(app), "local-tls"], env=environment(self.folder / "home"), cwd=self.folder,
             capture_output=True, text=True, timeout=_START_TIMEOUT, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         if done.returncode:
@@ -97,16 +96,28 @@ class LocalFederation:
         return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.exists() else ""
 
 
-def _program(name: str) -> str:
-    for folder in (Path(sys.executable).parent, Path(sysconfig.get_path("scripts"))):
-        if (folder / name).exists():
-            return str(folder / name)
-    import shutil
+def _write_programs(folder: Path) -> None:
+    """Write Flower's programs into `folder`, run by this Python.
 
-    found = shutil.which(name)
-    if found is None:
-        raise MissingDependencyError(f"{name} is not installed; pip install 'eff-fl-kit[flower]'")
-    return found
+    Flower starts its own programs by name; the ones on the PATH may belong to another environment.
+
+    Raises:
+        MissingDependencyError: Flower is not installed.
+    """
+    folder.mkdir()
+    programs = {point.name: point.value for point in entry_points(group="console_scripts") if _is_flower(point)}
+    if "flower-superlink" not in programs:
+        raise MissingDependencyError("flwr is not installed; pip install 'eff-fl-kit[flower]'")
+    for name, target in programs.items():
+        module, _, function = target.partition(":")
+        code = f"import sys; from {module} import {function} as main; sys.argv[0] = '{name}'; sys.exit(main())"
+        path = folder / name
+        path.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -c {shlex.quote(code)} "$@"\n')
+        path.chmod(0o755)
+
+
+def _is_flower(point: EntryPoint) -> bool:
+    return point.name.startswith(("flwr", "flower-"))
 
 
 @contextlib.contextmanager
@@ -124,6 +135,7 @@ def local_federation(folder: Path, nodes: int) -> Iterator[LocalFederation]:
     address = f"127.0.0.1:{free_port()}"
     home = folder / "home"
     home.mkdir()
+    _write_programs(home / "bin")
     (home / "config.toml").write_text(
         f'[superlink]\ndefault = "local-tls"\n\n[superlink.local-tls]\naddress = "{address}"\n'
         f"root-certificates = {json.dumps(str(certificates.authority))}\n"
