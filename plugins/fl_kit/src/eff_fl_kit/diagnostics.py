@@ -73,7 +73,7 @@ def sharpness(model: nn.Module, run: Run, radius: float, samples: int = 1024) ->
         for batch in _batches(run, samples):
             size = batch_size_of(batch)
             loss = run.task.loss(run.forward(model, batch), batch) * size
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             base += float(loss.detach())
             count += size
         direction = flat.gradient / (torch.linalg.vector_norm(flat.gradient) + 1e-12)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -40,6 +40,11 @@ def normalisation_layers(model: nn.Module) -> list[_NormBase]:
     ]
 
 
+def _statistics(model: nn.Module) -> list[Tensor]:
+    both = [value for layer in normalisation_layers(model) for value in (layer.running_mean, layer.running_var)]
+    return [value for value in both if value is not None]
+
+
 def flat_weights(model: nn.Module) -> Tensor:
     """Return a copy of the trained parameters as one vector."""
     return torch.cat([parameter.detach().reshape(-1) for parameter in trained_parameters(model).values()])
@@ -55,23 +60,19 @@ def load_flat_weights(model: nn.Module, weights: Tensor) -> None:
 
 def flat_statistics(model: nn.Module) -> Tensor | None:
     """Return the running means and variances of all normalisation layers as one vector; None where there are none."""
-    layers = normalisation_layers(model)
-    if not layers:
-        return None
-    return torch.cat(
-        [value.reshape(-1).float() for layer in layers for value in (layer.running_mean, layer.running_var)]
-    )  # type: ignore[union-attr]
+    values = _statistics(model)
+    return torch.cat([value.reshape(-1).float() for value in values]) if values else None
 
 
 def load_flat_statistics(model: nn.Module, statistics: Tensor) -> None:
     """Write a vector of `flat_statistics` back."""
-    buffers = [value for layer in normalisation_layers(model) for value in (layer.running_mean, layer.running_var)]
+    buffers = _statistics(model)
     for buffer, piece in zip(buffers, _split(statistics, buffers), strict=True):
-        buffer.copy_(piece)  # type: ignore[union-attr]
+        buffer.copy_(piece)
 
 
-def _split(vector: Tensor, like: list) -> list[Tensor]:  # type: ignore[type-arg]
-    pieces = vector.split([tensor.numel() for tensor in like])
+def _split(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    pieces = torch.split(vector, [tensor.numel() for tensor in like])
     return [piece.view(tensor.shape) for piece, tensor in zip(pieces, like, strict=True)]
 
 

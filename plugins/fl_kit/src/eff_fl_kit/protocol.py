@@ -91,7 +91,7 @@ class Client:
         augmentation = self.generator if self.run.train.augment else None
         for _ in range(self.config.local_epochs):
             order = self.samples[torch.randperm(len(self.samples), generator=self.generator)]
-            for part in order.split(size):
+            for part in torch.split(order, size):
                 if len(part) >= smallest:
                     yield move_batch(split.batch(part.tolist(), augmentation), self.run.device)
 

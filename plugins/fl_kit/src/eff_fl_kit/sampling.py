@@ -30,5 +30,5 @@ def draw_clients(able: Tensor, ratio: float, fixed: bool, generator: torch.Gener
     for _ in range(_DRAWS):
         drawn = (torch.rand(len(able), generator=generator) < ratio) & able
         if bool(drawn.any()):
-            return drawn.nonzero().flatten().tolist()  # type: ignore[no-any-return]
-    return able.nonzero().flatten()[:1].tolist()  # type: ignore[no-any-return]
+            return drawn.nonzero().flatten().tolist()
+    return able.nonzero().flatten()[:1].tolist()

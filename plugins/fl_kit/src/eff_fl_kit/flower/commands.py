@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import typer
 
 RecipeFile = Annotated[Path, typer.Argument(help="recipe.yaml of an eff run, or written by hand.")]
+_START_TIMEOUT = 120.0
+
 Out = Annotated[Path, typer.Option("--out", help="Run folder for model and report, on the server's machine.")]
 RoundTimeout = Annotated[float, typer.Option(help="Seconds that a round waits for its clients.")]
 StartTimeout = Annotated[float, typer.Option(help="Seconds that the start waits for all SuperNodes.")]
@@ -61,6 +63,8 @@ def _write(recipe: Path, app: Path, out: Path, notes: Path, round_timeout: float
 def _demo(
     recipe: Path, out: Path, nodes: int, kill: str | None, round_timeout: float, timeout: float, force: bool
 ) -> dict[str, Any]:
+    import shutil
+    import signal
     import tempfile
 
     from eff.files import check_output_folder
@@ -68,23 +72,25 @@ def _demo(
 
     victim, after = _parse_kill(kill, nodes)
     check_output_folder(out, force)
-    with tempfile.TemporaryDirectory(prefix="eff-flower-") as name:
-        folder = Path(name)
-        notes = folder / "notes.jsonl"
-        _write(recipe, folder / "app", out, notes, round_timeout, 120.0)
-        with local_federation(folder, nodes) as federation:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the processes below are ended then too
+    folder = Path(tempfile.mkdtemp(prefix="eff-flower-"))
+    notes = folder / "notes.jsonl"
+    _write(recipe, folder / "app", out, notes, round_timeout, _START_TIMEOUT)
+    with local_federation(folder, nodes) as federation:
 
-            def seen(note: dict[str, Any]) -> None:
-                if note["event"] == "warning":
-                    typer.echo(f"warning: {note['message']}", err=True)
-                if note["event"] == "round":
-                    typer.echo(f"round {note['done']} of {note['total']}: {note['note']}", err=True)
-                    if victim is not None and note["done"] == after:
-                        federation.kill(f"node-{victim}")
-                        typer.echo(f"killed SuperNode {victim}", err=True)
+        def seen(note: dict[str, Any]) -> None:
+            if note["event"] == "warning":
+                typer.echo(f"warning: {note['message']}", err=True)
+            if note["event"] == "round":
+                typer.echo(f"round {note['done']} of {note['total']}: {note['note']}", err=True)
+                if victim is not None and note["done"] == after:
+                    federation.kill(f"node-{victim}")
+                    typer.echo(f"killed SuperNode {victim}", err=True)
 
-            federation.run_app(folder / "app")
-            return watch(notes, timeout, seen)
+        federation.run_app(folder / "app")
+        last = watch(notes, timeout, seen)
+    shutil.rmtree(folder)  # where something failed, the logs stay
+    return last
 
 
 def _parse_kill(kill: str | None, nodes: int) -> tuple[int | None, int]:

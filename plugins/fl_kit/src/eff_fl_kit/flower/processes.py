@@ -190,4 +190,4 @@ def watch(notes: Path, timeout: float, seen: Callable[[dict[str, Any]], None]) -
                 return note  # type: ignore[no-any-return]
         read = len(lines) - 1
         time.sleep(_POLL)
-    raise RunError(f"the run has not ended after {timeout:g} s and was stopped; see the logs beside {notes}")
+    raise RunError(f"the run has not ended after {timeout:g} s and was stopped; see the logs in {notes.parent}")

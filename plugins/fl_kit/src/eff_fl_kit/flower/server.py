@@ -153,7 +153,7 @@ class FlowerBackend:
 
 def _updates(content: RecordDict, device: torch.device) -> list[Update]:
     told = content.config_records["updates"]
-    columns = zip(*(told[name] for name in ("client", "samples", "steps", "gradients", "loss")), strict=True)  # type: ignore[arg-type]
+    columns = zip(*(told[name] for name in ("client", "samples", "steps", "gradients", "loss")), strict=True)
     return [
         Update(int(index), int(samples), int(steps), int(gradients), float(loss), sent)
         for index, samples, steps, gradients, loss in columns
