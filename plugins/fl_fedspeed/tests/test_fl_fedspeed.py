@@ -202,12 +202,12 @@ def test_on_unlike_quadratics_it_finds_the_global_minimum_and_fedavg_and_fedprox
 
     def distance(method):
         model = Vector()
-        federate(method, model, 60, loss=quadratic, split=split, parts=parts)
+        federate(method, model, 20, loss=quadratic, split=split, parts=parts)
         return (model.x - optimum).norm().item()
 
-    assert distance(FedSpeed(FedSpeedConfig(**options, lamb=1.0, rho=0.0))) < 1e-6
-    assert distance(FedAvg(AveragingConfig(**options))) > 0.05
-    assert distance(FedAvg(AveragingConfig(**options, mu=1.0))) > 0.02
+    assert distance(FedSpeed(FedSpeedConfig(**options, lamb=1.0, rho=0.0))) < 1e-3
+    assert distance(FedAvg(AveragingConfig(**options))) > 0.1
+    assert distance(FedAvg(AveragingConfig(**options, mu=1.0))) > 0.1
 
 
 def test_a_relaxed_start_lies_ahead_of_the_last_model_and_the_offset_counts_from_there():

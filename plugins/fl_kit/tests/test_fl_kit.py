@@ -469,7 +469,7 @@ def test_another_plugin_can_wrap_what_a_client_sends():
 @pytest.mark.parametrize(
     ("options", "precision", "message"),
     [
-        (TrainOptions(optimizer="adam"), "fp32", "plain SGD steps; leave out --optimizer and --momentum"),
+        (TrainOptions(optimizer="adam"), "fp32", "plain SGD steps without momentum; leave out --optimizer, and name"),
         (TrainOptions(momentum=0.9), "fp32", "plain SGD steps"),
         (TrainOptions(accumulate=2), "fp32", "do not accumulate gradients; leave out --accumulate"),
         (TrainOptions(), "fp16", "no loss scaling, which fp16 needs; use --precision bf16"),

@@ -60,7 +60,10 @@ def check_request(config: FederatedConfig, run: Run) -> None:
     """
     train = run.train
     if train.optimizer != "sgd" or train.momentum:
-        raise RequestError("federated clients take plain SGD steps; leave out --optimizer and --momentum")
+        raise RequestError(
+            "federated clients take plain SGD steps without momentum; leave out --optimizer, and name the federated "
+            "method last so that its recipe counts"
+        )
     if (train.accumulate or 1) > 1:
         raise RequestError("federated clients do not accumulate gradients; leave out --accumulate and use --batch-size")
     if run.precision == "fp16":
