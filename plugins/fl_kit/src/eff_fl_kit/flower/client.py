@@ -38,8 +38,15 @@ app = ClientApp()
 
 @app.query()
 def greet(message: Message, context: Context) -> Message:
-    """Tell which partition this node holds."""
-    node = {name: int(context.node_config[name]) for name in ("partition-id", "num-partitions")}
+    """Tell which partition this node holds.
+
+    Raises:
+        ValueError: the node's configuration does not say.
+    """
+    names = ("partition-id", "num-partitions")
+    if any(name not in context.node_config for name in names):
+        raise ValueError("start the SuperNode with --node-config 'partition-id=0 num-partitions=3' (its own numbers)")
+    node = {name: int(context.node_config[name]) for name in names}
     return Message(RecordDict({"node": ConfigRecord(node)}), reply_to=message)  # type: ignore[arg-type]
 
 

@@ -9,8 +9,9 @@ doubles each time; a node that Flower reports as gone is not asked until it is b
 from __future__ import annotations
 
 import json
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
-from eff.errors import EffError
+from eff.errors import EffError, RunError
 from eff.exporting import make_header
 from eff.log import Log
 from eff.run import Run, Step
@@ -89,13 +90,32 @@ class FlowerBackend:
             if node not in connected:
                 del self.hosts[part]
                 self.run.warn(f"SuperNode {part} is gone; its clients take no part until it is back")
-        new = connected - set(self.hosts.values())
+        known = set(self.hosts.values())
+        new = {node for node in connected - known if self.paused_until.get(node, 0) <= self.round}
         if not new:
             return
+        answered = set()
         for reply in self._ask({node: RecordDict() for node in new}, "query", _GREETING_TIMEOUT):
             told = reply.content.config_records["node"]
-            self.partitions = int(told["num-partitions"])  # type: ignore[arg-type]
+            partitions = int(told["num-partitions"])  # type: ignore[arg-type]
+            if self.partitions not in (None, partitions):
+                raise RunError(
+                    f"one SuperNode says num-partitions={self.partitions}, another {partitions}; start all with the same"
+                )
+            self.partitions = partitions
             self.hosts[int(told["partition-id"])] = reply.metadata.src_node_id  # type: ignore[arg-type]
+            answered.add(reply.metadata.src_node_id)
+        self._judge(new, answered)
+
+    def _judge(self, asked: Iterable[int], answered: set[int]) -> None:
+        """Pause who has not answered, twice as long each time."""
+        for node in asked:
+            if node in answered:
+                self.failures.pop(node, None)
+            else:
+                self.has_model.discard(node)
+                self.failures[node] = self.failures.get(node, 0) + 1
+                self.paused_until[node] = self.round + 2 ** min(self.failures[node], 10)
 
     def train(self, clients: list[int], step: Step, lr: float, message: State) -> list[Update]:
         """Send the round to the clients' nodes and return what is back in time."""
@@ -109,14 +129,8 @@ class FlowerBackend:
         for reply in self._ask(contents, "train", self.round_timeout):
             answered.add(reply.metadata.src_node_id)
             updates += _updates(reply.content, step.run.device)
-        for node in contents:
-            if node in answered:
-                self.has_model.add(node)
-                self.failures.pop(node, None)
-            else:
-                self.has_model.discard(node)
-                self.failures[node] = self.failures.get(node, 0) + 1
-                self.paused_until[node] = self.round + 2 ** min(self.failures[node], 10)
+        self.has_model |= answered
+        self._judge(contents, answered)
         return updates
 
     def _job(self, node: int, clients: list[int], step: Step, lr: float, message: State) -> RecordDict:
@@ -209,15 +223,26 @@ def main(grid: Grid, context: Context) -> None:
             grid, recipe, run, len(parts), float(options["round-timeout"]), float(options["start-timeout"])
         )
 
-    rounds.make_backend = make_backend
-    try:
-        report = apply(recipe, out, force=True, log=log)
-        log.note(event="done", seconds=report.seconds)
-    except EffError as error:
-        log.note(event="error", message=str(error))
-        raise
-    except Exception as error:
-        log.note(event="error", message=f"{type(error).__name__}: {error}")
-        raise
-    finally:
-        rounds.make_backend = None
+    def work() -> None:
+        rounds.make_backend = make_backend
+        try:
+            report = apply(recipe, out, force=True, log=log)
+            log.note(event="done", seconds=report.seconds)
+        except EffError as error:
+            log.note(event="error", message=str(error))
+            failures.append(error)
+        except Exception as error:
+            log.note(event="error", message=f"{type(error).__name__}: {error}")
+            failures.append(error)
+        finally:
+            rounds.make_backend = None
+
+    # In a thread, so that a signal ends this process at once: a round may be waiting for a SuperLink that is
+    # no longer there, and a run on Flower has nothing to finish for a resume.
+    failures: list[Exception] = []
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_POLL)
+    if failures:
+        raise failures[0]
