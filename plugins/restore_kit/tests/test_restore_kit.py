@@ -395,7 +395,10 @@ def test_wrong_photos_and_places_are_refused(tmp_path):
     assert task_of().read_input(tmp_path / "opaque.png")["image"].shape == (1, 3, 40, 52)
     with pytest.raises(DataError, match="opaque.png: is 40x52 pixels, the model needs sides of at least 64"):
         task_of(smallest=64).read_input(tmp_path / "opaque.png")
-    for name, message in (("out.pmg", r"'.pmg' is no image format; did you mean"), ("no/out.png", "there is no folder")):
+    for name, message in (
+        ("out.pmg", r"'.pmg' is no image format; did you mean"),
+        ("no/out.png", "there is no folder"),
+    ):
         with pytest.raises(RequestError, match=message):
             task_of().show(torch.rand(1, 3, 8, 8), tmp_path / "opaque.png", tmp_path / name)
 
