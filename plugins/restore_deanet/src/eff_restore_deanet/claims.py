@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,7 +34,11 @@ from eff_restore_kit.task import Restoration
 
 STEPS, BATCH, TRAIN, TEST = 500, 8, 400, 60
 CONFIG = DEANetConfig(lr=1e-3, lr_min=0, w_cr=0, batch=BATCH)
-SETTINGS = {"deanet": {}, "plain_conv": {"branches": "none"}, "no_attention": {"attention": False}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "deanet": {},
+    "plain_conv": {"branches": "none"},
+    "no_attention": {"attention": False},
+}
 
 
 def photo_source() -> tuple[str, str]:

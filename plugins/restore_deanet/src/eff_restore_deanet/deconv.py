@@ -110,7 +110,7 @@ class DEConv(nn.Module):
         Raises:
             UnsupportedModelError: the branches do not fit each other.
         """
-        found = {}
+        found: dict[str, tuple[Tensor, Tensor | None]] = {}
         for name in self.names:
             branch: Branch = getattr(self, name)
             found[name] = (_KERNELS[name](branch.weight), branch.bias)

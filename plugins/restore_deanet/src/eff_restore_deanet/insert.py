@@ -142,6 +142,6 @@ def fold_error(model: nn.Module) -> float:
     for module in deconvs_of(model).values():
         weight = module.get_submodule("vanilla").weight
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(1, weight.shape[1], 32, 32, generator=generator).to(weight)  # type: ignore[index, arg-type, union-attr]
+        x = torch.randn(1, weight.shape[1], 32, 32, generator=generator).to(weight)  # type: ignore[index, arg-type]
         largest = max(largest, float((module.folded()(x) - module.parallel(x)).abs().max()))
     return largest

@@ -123,7 +123,7 @@ class DEANet(nn.Module):
         self.decoder1 = blocks(d, options.blocks1)
         self.head = nn.Conv2d(d, 3, 3, padding=1)
         self.relu = nn.ReLU()
-        self.register_load_state_dict_pre_hook(rename_published)
+        self.register_load_state_dict_pre_hook(rename_published)  # type: ignore[no-untyped-call]
 
     def forward(self, image: Tensor) -> Tensor:
         """Return (N, 3, H, W) of `image` (N, 3, H, W); H and W multiples of 4, at least 16.

@@ -60,7 +60,8 @@ class Restoration(Task[RestorationOptions]):
     def model_options(self) -> dict[str, JsonValue]:
         """Return in_channels, and scale where it is not 1."""
         options = self.options
-        return {"in_channels": options.channels} | ({"scale": options.scale} if options.scale != 1 else {})
+        known: dict[str, JsonValue] = {"in_channels": options.channels}
+        return known | ({"scale": options.scale} if options.scale != 1 else {})
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return restored images, not clamped.
@@ -76,7 +77,7 @@ class Restoration(Task[RestorationOptions]):
         if sizes is None and area <= limit:
             return torch.cat([self._padded(model, part) for part in image.split(max(1, limit // area))])
         scale = self.options.scale
-        out = image.new_zeros(*image.shape[:2], scale * image.shape[-2], scale * image.shape[-1])
+        out: Tensor = image.new_zeros(*image.shape[:2], scale * image.shape[-2], scale * image.shape[-1])
         for index in range(len(image)):
             height, width = (side // scale for side in sizes[index].tolist()) if sizes is not None else image.shape[-2:]
             restored = self.restore(model, image[index : index + 1, :, :height, :width])
