@@ -8,8 +8,42 @@ map      W = sigmoid(conv7x7, C groups of (r_c, W_co_c))                one map 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+_SIDE = 7  # of the spatial and the pixel convolution
+
+
+class PairConv(nn.Module):
+    """A 7 x 7 convolution in C groups over (r_c, W_co_c): each channel beside its own coarse map, edges mirrored.
+
+    The pairs are never built. W_co = W_c + W_s is a number per channel plus one map for all of them, so by
+    linearity the second half of each group is W_c times the sum of its taps, plus an ordinary convolution
+    of W_s. On CPUs this is several times faster than the grouped convolution.
+
+    Args:
+        channels: C.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        # Shapes, names and initial values are those of nn.Conv2d(2 C, C, 7, groups=C).
+        self.weight = nn.Parameter(torch.empty(channels, 2, _SIDE, _SIDE))
+        self.bias = nn.Parameter(torch.empty(channels))
+        bound = 1 / math.sqrt(2 * _SIDE**2)
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, r: Tensor, channel: Tensor, spatial: Tensor) -> Tensor:
+        """Return (N, C, H, W) of r (N, C, H, W), W_c (N, C, 1, 1) and W_s (N, 1, H, W)."""
+        content, guide = self.weight[:, :1], self.weight[:, 1:]
+        edges = (_SIDE // 2,) * 4
+        out = F.conv2d(F.pad(r, edges, mode="reflect"), content, self.bias, groups=len(content))
+        out = out + F.conv2d(F.pad(spatial, edges, mode="reflect"), guide)
+        return out + channel * guide.sum((1, 2, 3)).view(1, -1, 1, 1)
 
 
 class ContentGuidedAttention(nn.Module):
@@ -27,16 +61,13 @@ class ContentGuidedAttention(nn.Module):
         self.relu = nn.ReLU()
         self.excite = nn.Conv2d(channels // reduction, channels, 1)
         self.spatial = nn.Conv2d(2, 1, 7, padding=3, padding_mode="reflect")
-        self.pixel = nn.Conv2d(2 * channels, channels, 7, padding=3, padding_mode="reflect", groups=channels)
+        self.pixel = PairConv(channels)
 
     def forward(self, r: Tensor) -> Tensor:
         """Return W (N, C, H, W), in (0, 1); H and W at least 4."""
         channel = self.excite(self.relu(self.squeeze(self.pool(r))))
         spatial = self.spatial(torch.cat((r.mean(1, keepdim=True), r.amax(1, keepdim=True)), dim=1))
-        coarse = channel + spatial
-        # Each group of the convolution sees a channel beside its own coarse map, so the two alternate.
-        pairs = torch.stack((r, coarse), dim=2).flatten(1, 2)
-        return torch.sigmoid(self.pixel(pairs))
+        return torch.sigmoid(self.pixel(r, channel, spatial))
 
 
 class CGAFusion(nn.Module):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -199,18 +201,16 @@ class Restoration(Task[RestorationOptions]):
             )
 
 
-class _frozen:
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
     """Within the block no parameter asks for a gradient: only that of the image is wanted."""
-
-    def __init__(self, model: nn.Module):
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-    def __enter__(self) -> None:
-        for parameter in self.parameters:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
             parameter.requires_grad_(False)
-
-    def __exit__(self, *error: object) -> None:
-        for parameter in self.parameters:
+        yield
+    finally:
+        for parameter in trained:
             parameter.requires_grad_(True)
 
 
