@@ -63,7 +63,7 @@ def dehaze_photos(run: ClaimRun) -> dict[str, list[float]]:
         for name, options in SETTINGS.items():
             seed_everything(seed, "model")
             model = make_deanet("tiny", **options)
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload] - a third faster on CPUs
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a third faster on CPUs
             method = DEANet(CONFIG)
             trained, values = _train(model, data, seed, method)
             measured[name].append(values["psnr"])

@@ -36,7 +36,7 @@ class DEANet(Method[DEANetConfig]):
             "distillation",
             "any network with 3x3 convolutions of stride 1 (DEConvs are inserted)",
         ),
-        conflicts_with=("prune_*",),
+        conflicts_with=("prune_*", "quant_*"),  # in one run; after it they find plain convolutions
         notes="The network is a model source of its own: deanet:base, deanet:small, deanet:tiny.",
     )
     claims: ClassVar = (
