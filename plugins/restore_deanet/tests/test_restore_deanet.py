@@ -276,6 +276,20 @@ def test_published_names_are_known(published, own):
     assert own_name(published) == own and own in make_deanet("base").state_dict()
 
 
+def test_a_published_checkpoint_opens_with_its_architecture(tmp_path):
+    model = make_deanet("tiny")
+    own = model.state_dict()
+    assert all(own_name(key) == key for key in own)
+    as_published = {"stem": "down1.0", "down2": "down2.0", "fusion2": "mix2", "up2": "up1.0", "up1": "up2.0"}
+    state = {}
+    for key, value in own.items():
+        first, _, rest = key.partition(".")
+        state[f"{as_published.get(first, first)}.{rest}"] = value
+    torch.save({"model": state}, tmp_path / "published.pk.pth")
+    measured = evaluate(UseRequest(str(tmp_path / "published.pk.pth"), arch="deanet:tiny", data=DATA, device="cpu"))
+    assert measured.parameters == 151_007
+
+
 @pytest.mark.parametrize(
     ("image", "message"),
     [

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from eff.errors import DataError
 from eff_restore_deanet.attention import CGAFusion, ContentGuidedAttention
 from eff_restore_deanet.deconv import DEConv
-from eff_restore_deanet.published import rename_published
+from eff_restore_deanet.published import own_name
 
 MULTIPLE = 4
 """Two halvings: sides must be multiples of this."""
@@ -93,6 +93,9 @@ class DEBlock(nn.Module):
 class DEANet(nn.Module):
     """The network; takes hazy RGB images in [0, 1], gives clear ones, not clamped."""
 
+    own_name = staticmethod(own_name)
+    """Names of published weights -> names here; what opens a model file asks for it."""
+
     def __init__(self, options: DEANetOptions):
         super().__init__()
         d = options.base_dim
@@ -123,7 +126,6 @@ class DEANet(nn.Module):
         self.decoder1 = blocks(d, options.blocks1)
         self.head = nn.Conv2d(d, 3, 3, padding=1)
         self.relu = nn.ReLU()
-        self.register_load_state_dict_pre_hook(rename_published)  # type: ignore[no-untyped-call]
 
     def forward(self, image: Tensor) -> Tensor:
         """Return (N, 3, H, W) of `image` (N, 3, H, W); H and W multiples of 4, at least 16.

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import re
-from typing import Any
-
-from torch import Tensor, nn
 
 _RULES = (
     (r"^down1\.0\.", "stem."),
@@ -39,10 +36,3 @@ def own_name(key: str) -> str:
     for pattern, replacement in _RULES:
         key = re.sub(pattern, replacement, key)
     return key
-
-
-def rename_published(module: nn.Module, state: dict[str, Tensor], prefix: str, *further: Any) -> None:
-    """Give the tensors of a published checkpoint the names they have here; others stay (a load hook)."""
-    if f"{prefix}down1.0.weight" in state:
-        for key in [key for key in state if key.startswith(prefix)]:
-            state[prefix + own_name(key.removeprefix(prefix))] = state.pop(key)
