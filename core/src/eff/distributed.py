@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,22 +43,24 @@ def launch(recipe: Recipe, out: Path, force: bool, resumed: bool, log: Log) -> R
     Raises:
         EffError: what the first process raised. RunError: a process died.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     from eff.schemas import Report
 
-    config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=recipe.devices, rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1", run_id="eff", max_restarts=0, start_method="spawn", monitor_interval=0.1,
-    )  # fmt: skip
     # DDP warns of models in which every parameter is used; which ones those are is not known beforehand.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)  # its report of a Ctrl-C is no news
     quiet = log.quiet if isinstance(log, TerminalLog) else None
     try:
-        answers = elastic_launch(config, _work)(recipe.model_dump_json(), str(out), force, resumed, quiet)
+        with tempfile.TemporaryDirectory(prefix="eff-") as logs:  # the launcher would leave one behind
+            config = LaunchConfig(
+                min_nodes=1, max_nodes=1, nproc_per_node=recipe.devices, rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0",
+                local_addr="127.0.0.1", run_id="eff", max_restarts=0, start_method="spawn", monitor_interval=0.1,
+                logs_specs=DefaultLogsSpecs(log_dir=logs),
+            )  # fmt: skip
+            answers = elastic_launch(config, _work)(recipe.model_dump_json(), str(out), force, resumed, quiet)
     except SignalException as error:
         raise InterruptedRunError(f"stopped; go on with --resume {out}") from error
     except ChildFailedError as error:
