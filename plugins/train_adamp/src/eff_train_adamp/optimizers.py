@@ -31,6 +31,8 @@ from eff.errors import RunError
 from eff_train_adamp.projection import detect, remove_radial_
 
 _HALF = (torch.float16, torch.bfloat16)
+CPU_PORTION = 1 << 16
+"""Elements that one round of operations covers on the CPU; with states and temporaries about 2 MB in float32."""
 
 
 class GradientError(RunError):
@@ -373,18 +375,36 @@ def _apply(function: Callable[..., None], lists: list[list[Tensor]], options: di
         lists: parallel lists, the parameters first.
         options: further arguments.
     """
-    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for index, parameter in enumerate(lists[0]):
-        kinds.setdefault((parameter.device, parameter.dtype), []).append(index)
-    for (_, dtype), indices in kinds.items():
+    for indices in _portions(lists[0]):
         alike = [[tensors[index] for index in indices] for tensors in lists]
-        if dtype not in _HALF:
+        if alike[0][0].dtype not in _HALF:
             function(*alike, **options)
             continue
         wide = [[tensor.float() for tensor in tensors] for tensors in alike]
         function(*wide, **options)
         for number in (0, *range(2, len(alike))):
             torch._foreach_copy_(alike[number], wide[number])
+
+
+def _portions(params: list[Tensor]) -> list[list[int]]:
+    """Return the indices of parameters to handle together: of one device and dtype, on the CPU not too many.
+
+    There each operation goes over all tensors of a portion, so what does not fit the cache is read from memory
+    again and again; an accelerator wants few launches instead.
+    """
+    open_portions: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    elements: dict[tuple[torch.device, torch.dtype], int] = {}
+    portions: list[list[int]] = []
+    for index, parameter in enumerate(params):
+        kind = (parameter.device, parameter.dtype)
+        is_full = elements.get(kind, 0) + parameter.numel() > CPU_PORTION and parameter.device.type == "cpu"
+        if kind not in open_portions or (is_full and not torch.compiler.is_compiling()):
+            open_portions[kind] = []
+            elements[kind] = 0
+            portions.append(open_portions[kind])
+        open_portions[kind].append(index)
+        elements[kind] += parameter.numel()
+    return portions
 
 
 def _check_shared(lr: float | Tensor, weight_decay: float, delta: float, wd_ratio: float, eps: float) -> None:

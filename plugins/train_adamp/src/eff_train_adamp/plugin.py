@@ -61,7 +61,7 @@ class ProjectedTraining(Method[AdamPConfig]):
                 Check(left="factor_b0.9", right=19.0, margin=-1.9),
                 Check(left="factor_b0.9", right=19.0, relation="at_most", margin=1.9),
             ),
-            paper="Section 2: 1 + 2b/(1-b) in the limit, 3 for b = 0.5 and 19 for b = 0.9.",
+            paper="Growth factor 1 + 2b/(1-b) in the limit, 3 for b = 0.5 and 19 for b = 0.9.",
             minutes=0.1,
         ),
         Claim(
@@ -93,7 +93,7 @@ class ProjectedTraining(Method[AdamPConfig]):
                 Check(left="adamp_accuracy", right="adamw_accuracy", margin=-0.3),
                 Check(left="sgdp_accuracy", right="sgd_accuracy", margin=-0.3),
             ),
-            paper="Uniform gains over SGD and Adam(W) on 13 benchmarks; smaller norms and larger effective steps (figure 4).",
+            paper="Uniform gains over SGD and Adam(W) on 13 benchmarks; smaller norms and larger effective steps.",
             unit="(accuracy %, norm, step 1e-3)",
             seeds=(0, 1, 2, 3, 4),
             minutes=2,

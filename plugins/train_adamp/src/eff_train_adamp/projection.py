@@ -1,4 +1,4 @@
-"""The projection of AdamP and SGDP (Heo et al., ICLR 2021, arXiv:2006.08217, section 3.2).
+"""The projection of AdamP and SGDP (Heo et al., ICLR 2021, arXiv:2006.08217).
 
 A weight w that is followed by normalisation is scale invariant, so its gradient g is orthogonal to it. For a
 weight with more than one dimension, first with one row per output channel, then with the whole tensor as one row:
