@@ -6,8 +6,9 @@ import zipfile
 
 import pytest
 import torch
+from torch import nn
 
-from eff.checkpoint import read_model_file
+from eff.checkpoint import load_state, read_model_file
 from eff.errors import EffError, ModelError, OutputError, RunError
 from eff.files import atomic_path, check_output_folder, check_space, write_text
 from eff.runner import apply
@@ -173,3 +174,14 @@ def test_no_permission_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
     with pytest.raises(OutputError, match="no permission to write"):
         check_output_folder(tmp_path / "out", force=False)
+
+
+def test_a_model_may_know_other_names_of_its_weights():
+    class Renamed(nn.Linear):
+        @staticmethod
+        def own_name(key):
+            return key.removeprefix("fc.")
+
+    model, state = Renamed(2, 2), nn.Linear(2, 2).state_dict()
+    load_state(model, {f"fc.{key}": value for key, value in state.items()}, "file", "model")
+    assert torch.equal(model.weight, state["weight"])

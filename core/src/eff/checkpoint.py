@@ -195,7 +195,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], where: str, what: 
     """Load `state` into `model`, exactly.
 
     Args:
-        model: the architecture.
+        model: the architecture; where it has `own_name(key) -> str`, keys of files by others go through that first.
         state: tensors by name.
         where: the file, for the message.
         what: the architecture's name, for the message.
@@ -204,6 +204,9 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], where: str, what: 
         ModelError: keys are missing, left over, or of another shape; the first few are named.
     """
     own = model.state_dict()
+    rename = getattr(model, "own_name", None)
+    if callable(rename) and not state.keys() <= own.keys():
+        state = {rename(key): value for key, value in state.items()}
     # Files from before torch 0.4.1 lack the batch counters; they only matter to a cumulative average.
     missing = [key for key in own if key not in state and not key.endswith(".num_batches_tracked")]
     unexpected = [key for key in state if key not in own]
