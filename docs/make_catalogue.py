@@ -21,7 +21,9 @@ def main() -> None:
         except EffError as error:
             lines += [f"- **{row.name}**: {error}"]
             continue
-        lines += [f"- **{row.name}** {row.version}: {row.summary}. [{card.title}]({card.url}), {card.venue} {card.year}."]
+        lines += [
+            f"- **{row.name}** {row.version}: {row.summary}. [{card.title}]({card.url}), {card.venue} {card.year}."
+        ]
     Path(__file__).with_name("catalogue.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -1,11 +1,16 @@
 """Fixtures for core's tests: the tiny model and data, and made-up installed plugins."""
 
+import os
+import signal
 import sys
 import textwrap
+from contextlib import contextmanager
 
 import pytest
+import torch
 
 from eff import registry
+from eff.log import Log
 from eff.schemas import Recipe, TrainOptions
 from eff.testing.samples import DATA, MODEL
 
@@ -14,6 +19,44 @@ from eff.testing.samples import DATA, MODEL
 def recipe():
     """Two epochs of the tiny model: 8 steps."""
     return Recipe(model=MODEL, data=DATA, train=TrainOptions(epochs=2, batch_size=64), device="cpu")
+
+
+class StopAt(Log):
+    """Sends this process a Ctrl-C after some training steps."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+
+    @contextmanager
+    def progress(self, description, total):
+        count = 0
+
+        def advance(steps=1, note=""):
+            nonlocal count
+            count += steps
+            if description == "train" and count == self.step:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        yield advance
+
+
+@pytest.fixture
+def stop_at():
+    """Return a log that interrupts the run after so many training steps."""
+    return StopAt
+
+
+@pytest.fixture
+def weights():
+    """Return a function that reads the tensors of a run folder's model."""
+    return lambda folder: torch.load(folder / "model.pt", weights_only=True)["state_dict"]
+
+
+@pytest.fixture
+def same():
+    """Return a function that compares two state dicts bit for bit."""
+    return lambda left, right: left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
 @pytest.fixture

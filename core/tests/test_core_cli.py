@@ -5,6 +5,7 @@ import json
 import pytest
 from typer.main import get_command
 
+from eff import registry
 from eff.cli import main
 from eff.cli.app import app
 from eff.options import check_config, split_assignments
@@ -147,6 +148,28 @@ def test_a_claim_that_does_not_hold_exits_with_1_and_says_so(capsys, install, me
     (result,) = json.loads(out)
     assert code == 1 and result["holds"] is False
     assert result["checks"][0]["gap"] == pytest.approx(0.4)
+
+
+CLAIM = """
+from eff.method import Claim, Check
+claims = (Claim(id="c", statement="s", run="made_dummy_{name}:measure", checks=(Check(left="a", right=0.001),), paper="p", minutes=0.1, seeds=(0,)),)
+"""
+
+
+def test_one_claim_that_cannot_run_does_not_take_the_others_with_it(capsys, install, method_code, monkeypatch):
+    for name, body in (
+        ("quant_good", "return {'a': [0.00234]}"),
+        ("quant_bad", "raise FileNotFoundError('no photos')"),
+    ):
+        install(name, method_code(CLAIM.format(name=name)) + f"\ndef measure(run): {body}\n")
+    real = registry.discover
+    monkeypatch.setattr(
+        "eff.claims.discover", lambda: [row for row in real() if row.name in ("quant_good", "quant_bad")]
+    )
+    code, out, err = run(capsys, "verify", "--all")
+    assert code == 1
+    assert "quant_good" in out and "0.00234" in out and "holds" in out
+    assert "claim 'c' could not be run: no photos" in " ".join(err.split())
 
 
 @pytest.mark.parametrize(

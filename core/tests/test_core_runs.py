@@ -1,53 +1,16 @@
 """Runs: repeatable, resumable, honest about failures."""
 
-import os
-import signal
-
 import pytest
 import torch
 
 from eff.errors import DataError, EffError, InterruptedRunError, NonFiniteLossError, Problems, RequestError
-from eff.log import Log
 from eff.runner import apply, default_out, make_plan, read_recipe, resume
 from eff.schemas import MethodUse, Recipe, Report, TrainOptions
 from eff.testing.samples import DATA, MODEL
 from eff.use import UseRequest, bench, evaluate, export_model
 
 
-def weights(folder):
-    return torch.load(folder / "model.pt", weights_only=True)["state_dict"]
-
-
-def same(left, right):
-    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
-
-
-class StopAt(Log):
-    """Sends this process a Ctrl-C after some training steps."""
-
-    def __init__(self, step):
-        super().__init__()
-        self.step = step
-
-    def progress(self, description, total):
-        from contextlib import contextmanager
-
-        @contextmanager
-        def counting():
-            count = 0
-
-            def advance(steps=1, note=""):
-                nonlocal count
-                count += steps
-                if description == "train" and count == self.step:
-                    os.kill(os.getpid(), signal.SIGINT)
-
-            yield advance
-
-        return counting()
-
-
-def test_one_seed_gives_one_result_and_another_seed_another(recipe, tmp_path):
+def test_one_seed_gives_one_result_and_another_seed_another(recipe, tmp_path, weights, same):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         apply(recipe.model_copy(update={"seed": seed}), tmp_path / name)
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
@@ -55,10 +18,10 @@ def test_one_seed_gives_one_result_and_another_seed_another(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("step", [1, 4, 6])  # within an epoch, at its end, in the next
-def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(recipe, tmp_path, step):
+def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(recipe, tmp_path, step, weights, same, stop_at):
     apply(recipe, tmp_path / "whole")
     with pytest.raises(InterruptedRunError, match="stopped at step .* of 8; go on with --resume") as caught:
-        apply(recipe, tmp_path / "parts", log=StopAt(step))
+        apply(recipe, tmp_path / "parts", log=stop_at(step))
     assert caught.value.exit_code == 130
     report = resume(tmp_path / "parts")
     assert report.training.resumed_at is not None and report.training.steps == 8
@@ -83,7 +46,7 @@ def test_training_learns_and_the_report_says_what_happened(recipe, tmp_path):
     assert again.after == report.after and again.versions["torch"] == torch.__version__
 
 
-def test_a_recipe_repeats_its_run(recipe, tmp_path):
+def test_a_recipe_repeats_its_run(recipe, tmp_path, weights, same):
     apply(recipe, tmp_path / "first")
     apply(read_recipe(tmp_path / "first" / "recipe.yaml"), tmp_path / "second")
     assert same(weights(tmp_path / "first"), weights(tmp_path / "second"))

@@ -7,7 +7,9 @@ measures and writes. A run under `accelerate launch` or `torchrun` is the same t
 from __future__ import annotations
 
 import functools
+import logging
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,25 +43,30 @@ def launch(recipe: Recipe, out: Path, force: bool, resumed: bool, log: Log) -> R
     Raises:
         EffError: what the first process raised. RunError: a process died.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     from eff.schemas import Report
 
-    config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=recipe.devices, rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1", run_id="eff", max_restarts=0, start_method="spawn", monitor_interval=0.1,
-    )  # fmt: skip
     # DDP warns of models in which every parameter is used; which ones those are is not known beforehand.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)  # its report of a Ctrl-C is no news
     quiet = log.quiet if isinstance(log, TerminalLog) else None
     try:
-        answers = elastic_launch(config, _work)(recipe.model_dump_json(), str(out), force, resumed, quiet)
+        with tempfile.TemporaryDirectory(prefix="eff-") as logs:  # the launcher would leave one behind
+            config = LaunchConfig(
+                min_nodes=1, max_nodes=1, nproc_per_node=recipe.devices, rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0",
+                local_addr="127.0.0.1", run_id="eff", max_restarts=0, start_method="spawn", monitor_interval=0.1,
+                logs_specs=DefaultLogsSpecs(log_dir=logs),
+            )  # fmt: skip
+            answers = elastic_launch(config, _work)(recipe.model_dump_json(), str(out), force, resumed, quiet)
     except SignalException as error:
         raise InterruptedRunError(f"stopped; go on with --resume {out}") from error
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
+        if failure.exitcode == InterruptedRunError.exit_code:
+            raise InterruptedRunError(f"stopped; go on with --resume {out}") from error
         raise RunError(
             f"process {rank} of {recipe.devices} failed (exit code {failure.exitcode}); its message stands above"
         ) from error
@@ -78,6 +85,7 @@ def _work(recipe: str, out: str, force: bool, resumed: bool, quiet: bool | None)
     from eff.schemas import Recipe
 
     warnings.filterwarnings("ignore", message="Grad strides do not match")  # layout advice, not an error
+    warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset")  # set below
     torch.set_num_threads(max(1, torch.get_num_threads() // processes()))
     log = TerminalLog(quiet) if quiet is not None and is_first() else Log()
     try:
@@ -85,6 +93,9 @@ def _work(recipe: str, out: str, force: bool, resumed: bool, quiet: bool | None)
             report = runner.resume(Path(out), log=log)
         else:
             report = runner.apply(Recipe.model_validate_json(recipe), Path(out), force=force, log=log)
+    except InterruptedRunError:
+        # A launcher that has been stopped no longer takes answers, and the process would wait for it.
+        os._exit(InterruptedRunError.exit_code)
     except EffError as error:
         kind = type(error).__name__ if hasattr(errors, type(error).__name__) else "RunError"
         return {"error": ("RequestError" if kind == "Problems" else kind, str(error))}

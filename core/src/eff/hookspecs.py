@@ -70,6 +70,7 @@ class Hooks:
         `step` is mutable (model, batch, optimizer, loss, run, index): a wrapper changes what the
         inner implementation sees through it, because pluggy always passes on the original arguments.
         Implement it as a wrapper (`@hookimpl(wrapper=True)`) unless the method replaces the step.
+        Core has cleared the gradients; while they are accumulated, do not clear them again.
         """
 
     @hookspec

@@ -112,7 +112,7 @@ class Run:
         """
         if self.folder is None or not self.keeps_files:
             raise PluginError(f"'{name}' cannot be written now; ask run.keeps_files before run.output")
-        if name != Path(name).name or name in CORE_FILES:
+        if not name or name != Path(name).name or name in CORE_FILES:
             raise PluginError(f"'{name}' is no name for a method's file; use a plain name that core does not write")
         path = self.folder / name
         with atomic_path(path) as temporary:
@@ -136,7 +136,7 @@ class Step:
     batch: Batch
     """Empty where the method counts its own steps."""
     optimizer: torch.optim.Optimizer | None
-    """None where the method counts its own steps."""
+    """None where the method counts its own steps. The gradients have been cleared."""
     run: Run
     index: int
     """Steps done before this one, over the whole run."""

@@ -63,6 +63,14 @@ class Plugins:
         self.manager.register(Defaults(), DEFAULT)  # first, so that pluggy asks it last
         for name, extension in self.extensions:
             self.manager.register(extension, f"extension:{name}")
+        names = [item.name for item in self.chosen]
+        raise_problems(
+            [
+                PluginError(f"{name} is named twice; a method is applied once")
+                for name in sorted({*names})
+                if names.count(name) > 1
+            ]
+        )
         for item in self.chosen:
             self.manager.register(item.method, item.name)
         try:
@@ -104,8 +112,6 @@ class Plugins:
                             f"{item.name} and {other} cannot be used in one run: {item.name} conflicts with {other}"
                         )
                     )
-        for name in sorted({name for name in names if names.count(name) > 1}):
-            problems.append(PluginError(f"{name} is named twice; a method is applied once"))
         raise_problems(problems)
 
     def added(self, kind: str) -> dict[str, str]:

@@ -41,7 +41,6 @@ def supervised_step(step: Step) -> StepResult:
     """Do one step on `step.loss`: core's `train_step`."""
     optimizer = step.optimizer
     assert optimizer is not None  # core calls this only where it made one
-    optimizer.zero_grad(set_to_none=True)
     loss, _ = step.loss(step.model, step.batch)
     step.backward(loss)
     clip = step.run.train.clip_norm
@@ -118,12 +117,11 @@ def stop_requests() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
-    seen: set[int] = set()  # a launcher passes a Ctrl-C on as SIGTERM, which is the same request
+    impatient = processes() == 1  # a launcher passes on the Ctrl-C that its processes have seen already
 
     def note(number: int, frame: Any) -> None:
-        if number in seen:
+        if event.is_set() and impatient:
             raise KeyboardInterrupt
-        seen.add(number)
         event.set()
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -294,6 +292,8 @@ class Training:
         if self.optimizer is not None:
             for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
                 group["lr"] = base * factor
+            for parameter in self.raw_model.parameters():  # accelerate's zero_grad waits for the last part
+                parameter.grad = None
         losses = []
         metrics: dict[str, Metric] = {}
         for part in range(self.micro_batches):

@@ -180,7 +180,7 @@ def test_a_node_that_does_not_know_its_partition_is_told_how_and_left_out(on_gri
 def test_nodes_that_disagree_end_the_run(on_grid, tmp_path):
     grid = PlainGrid(2)
     grid.contexts[101].node_config["num-partitions"] = 5
-    with pytest.raises(RunError, match="num-partitions=2, another 5; start all with the same"):
+    with pytest.raises(RunError, match="num-partitions=(2, another 5|5, another 2); start all with the same"):
         on_grid(grid, tmp_path / "out")
 
 

@@ -111,7 +111,7 @@ def verify(
     from eff.claims import verify as run_claims
     from eff.claims import verify_all
     from eff.cli.show import print_claims, print_json
-    from eff.errors import RequestError
+    from eff.errors import InterruptedRunError, RequestError
     from eff.log import TerminalLog
 
     if (plugin is None) == (not all_plugins):
@@ -122,8 +122,17 @@ def verify(
         raise RequestError(f"--seeds {seeds}: write whole numbers with commas, e.g. 0,1,2") from error
     log = TerminalLog()
     skipped: list[str] = []
+    results = []
+    stopped = False
     if plugin is None:
-        results, skipped = verify_all(log)
+        try:
+            for found in verify_all(log):
+                if isinstance(found, str):
+                    skipped.append(found)
+                else:
+                    results.append(found)
+        except KeyboardInterrupt:  # it may have taken many minutes; show what there is
+            stopped = True
     else:
         results = run_claims(plugin, claim, chosen, log)
     if as_json:
@@ -134,6 +143,8 @@ def verify(
         typer.echo("no claims to run")
     for line in skipped:
         log.warn(f"left out: {line}")
+    if stopped:
+        raise InterruptedRunError("stopped before all claims had run")
     if skipped or any(not result.holds for result in results):
         raise typer.Exit(1)
 

@@ -113,21 +113,26 @@ def print_report(report: Report, folder: str) -> None:
     typer.echo(f"  {folder}/report.json, {folder}/recipe.yaml  ({report.seconds:.1f} s on {report.device})")
 
 
+def _figure(value: float) -> str:
+    """Two decimals, or three digits where that would hide a small value."""
+    return f"{value:.2f}" if abs(value) >= 1 or not value else f"{value:.3g}"
+
+
 def print_claims(results: Sequence[ClaimResult]) -> None:
     """Print all claims in one table, then what each setting measured."""
     rows: list[list[object]] = []
     for result in results:
         for check in result.checks:
-            spread = f" ± {check.spread:.2f}" if check.spread is not None else ""
+            spread = f" ± {check.spread:.2g}" if check.spread is not None else ""
             verdict = "holds" if check.holds else "DOES NOT HOLD"
             rows.append(
                 [
                     result.plugin,
                     result.id,
                     check.check,
-                    f"{check.left:.2f}",
-                    f"{check.right:.2f}",
-                    f"{check.gap:+.2f}{spread}",
+                    _figure(check.left),
+                    _figure(check.right),
+                    f"{check.gap:+.3g}{spread}",
                     verdict,
                 ]
             )
@@ -136,8 +141,6 @@ def print_claims(results: Sequence[ClaimResult]) -> None:
         typer.echo(f"{result.plugin} {result.id}: {result.statement}")
         for name, values in result.measured.items():
             mean = sum(values) / len(values)
-            typer.echo(
-                f"  {name:<14} {mean:8.2f} {result.unit}   per seed: {', '.join(f'{value:.2f}' for value in values)}"
-            )
+            typer.echo(f"  {name:<14} {_figure(mean):>8} {result.unit}   per seed: {', '.join(map(_figure, values))}")
         typer.echo(f"  paper: {result.paper}")
         typer.echo(f"  {len(result.seeds)} seeds, {result.seconds:.0f} s")

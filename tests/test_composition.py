@@ -1,0 +1,77 @@
+"""Which methods go together in one run or one after another, and which are refused with what reason.
+
+A chain that works is checked by what it leaves: each method's own metrics, on a model that reloads.
+"""
+
+import pytest
+import torch
+
+from eff.errors import EffError
+from eff.runner import apply
+from eff.schemas import MethodUse, Recipe, TrainOptions
+from eff.use import UseRequest, evaluate
+
+CNN = ("eff.testing.samples:tiny_cnn", "eff.testing.samples:blobs")
+VIT = ("zoo:vit_micro?depth=2", "digits?train=128&test=64")
+FEW_CLIENTS = {"rounds": 2, "n_clients": 4, "active_ratio": 0.5, "local_epochs": 1, "batch_size": 16}
+OPTIONS = {
+    "fl_fedspeed": FEW_CLIENTS,
+    "peft_paca": {"r": 4},
+}
+
+
+def recipe(names, source, **changes):
+    model, data = source
+    uses = tuple(MethodUse(name=name, options=OPTIONS.get(name, {})) for name in names.split(","))
+    train = changes.pop(
+        "train", TrainOptions(epochs=2 if "fl_" in names else 1, batch_size=None if "fl_" in names else 32)
+    )
+    return Recipe(model=model, data=data, methods=uses, train=train, device="cpu", **changes)
+
+
+WORKS = [
+    # chain, model and data, a metric of each method
+    ("quant_lsq,fl_fedspeed", CNN, ("mean_weight_bits", "sharpness")),
+    ("quant_lsq,peft_paca", VIT, ("mean_weight_bits", "trainable_parameters")),
+    ("peft_paca,fl_fedspeed", VIT, ("trainable_parameters", "sharpness")),
+]
+
+
+@pytest.mark.parametrize(("names", "source", "metrics"), WORKS, ids=[row[0] for row in WORKS])
+def test_a_chain_across_families_works_and_reloads(names, source, metrics, tmp_path):
+    report = apply(recipe(names, source), tmp_path / "run")
+    assert [item.name for item in report.methods] == names.split(",")
+    for name in metrics:
+        assert name in report.after.metrics.values, f"{name} is missing in {list(report.after.metrics.values)}"
+    again = evaluate(UseRequest(str(tmp_path / "run"), device="cpu"))
+    assert again.metrics.values["accuracy"] == report.after.metrics.values["accuracy"]
+
+
+REFUSED = [
+    # chain, model and data, the reason and the way out
+    ("peft_paca,quant_lsq", VIT, "would cut off its training; name that method before peft_paca"),
+    ("quant_lsq,restore_deanet", CNN, "restore_deanet conflicts with quant_lsq"),
+    ("fl_fedspeed,peft_paca", VIT, "name the federated method last"),
+    ("quant_lsq,quant_lsq", CNN, "quant_lsq is named twice"),
+]
+
+
+@pytest.mark.parametrize(("names", "source", "reason"), REFUSED, ids=[row[0] for row in REFUSED])
+def test_a_chain_that_cannot_work_is_refused_with_its_reason(names, source, reason, tmp_path):
+    with pytest.raises(EffError, match=reason) as caught:
+        apply(recipe(names, source), tmp_path / "run")
+    assert caught.value.exit_code == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_clients_of_an_adapted_model_send_only_what_it_trains(tmp_path):
+    report = apply(recipe("peft_paca,fl_fedspeed", VIT), tmp_path / "run")
+    trained = report.after.metrics.values["trainable_parameters"].value
+    assert trained < 0.5 * report.after.parameters
+    for row in report.after.metrics.tables["rounds"]:
+        assert row["up"] == row["down"] == 4 * trained * row["drawn"]  # float32
+    apply(recipe("peft_paca", VIT, train=TrainOptions(epochs=0)), tmp_path / "start")
+    start, end = (
+        torch.load(tmp_path / name / "model.pt", weights_only=True)["state_dict"] for name in ("start", "run")
+    )
+    assert 0 < sum(int((start[key] != end[key]).sum()) for key in start) <= trained
