@@ -127,9 +127,7 @@ def _train(optimizer: str, options: TrainOptions, seed: int) -> dict[str, float]
     model = DigitsCNN()
     method = ProjectedTraining(AdamPConfig())  # follows the steps of any optimizer
     plugins = Plugins([Chosen("train_adamp", "", "", method)], extensions=[("adamp", ProjectedOptimizers())])
-    recipe = options.over(CORE_TRAINING).model_copy(
-        update={"optimizer": optimizer, "epochs": EPOCHS, "augment": False}
-    )
+    recipe = options.over(CORE_TRAINING).model_copy(update={"optimizer": optimizer, "epochs": EPOCHS, "augment": False})
     run = Run(make_task(data.task, plugins), torch.device("cpu"), seed, data, train=recipe, training=True)
     Training(model, run, plugins).run_all()
     assert method.track is not None

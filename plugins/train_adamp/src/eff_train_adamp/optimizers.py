@@ -348,7 +348,7 @@ def _project_and_decay_(
         found = detect(weights, [grads[index] for index in matrices], delta, eps)
         remove_radial_(chosen, weights, found, eps)
         if decays:
-            share = torch.where(found.channel | found.layer, wd_ratio, 1.0).to(weights[0].dtype)
+            share = 1 - (1 - wd_ratio) * (found.channel | found.layer).to(weights[0].dtype)
             torch._foreach_mul_(weights, list((1 - decay * share).unbind()))
     others = [parameter for parameter in params if parameter.ndim <= 1]
     if others and decays:
