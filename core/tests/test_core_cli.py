@@ -30,6 +30,7 @@ COMMANDS = [
     "export",
     "bench",
     "compare",
+    "sweep",
     "verify",
     "new",
     "check",

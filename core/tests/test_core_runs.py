@@ -209,6 +209,24 @@ def test_a_metric_reported_twice_is_an_error(recipe, install, method_code, tmp_p
         apply(recipe.model_copy(update={"methods": (MethodUse(name="quant_made"),)}), tmp_path / "run")
 
 
+def test_a_wrapper_around_evaluate_sees_every_measurement_and_may_change_it(recipe, install, method_code, tmp_path):
+    install(
+        "quant_made",
+        method_code(
+            """
+            @hookimpl(wrapper=True)
+            def evaluate(self, model, data, run):
+                found = yield
+                from eff.schemas import Metric, Metrics
+                return [*found, Metrics.of(parts=Metric(value=len(found)))]
+            """
+        ),
+    )
+    report = apply(recipe.model_copy(update={"methods": (MethodUse(name="quant_made"),)}), tmp_path / "run")
+    assert list(report.after.metrics.values) == ["parts", "accuracy", "cross_entropy"]
+    assert report.after.metrics.values["parts"].value == 1
+
+
 def test_a_wrapper_changes_the_objective_through_the_step(recipe, install, method_code, tmp_path):
     hooks = """
     @hookimpl(wrapper=True)

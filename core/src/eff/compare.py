@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from eff.errors import MissingDependencyError, RequestError
+from eff.errors import RequestError
 from eff.files import check_output_folder, write_text
 from eff.log import Log
 from eff.options import read_value
 from eff.runner import apply, make_plan
 from eff.schemas import Measurement, MethodUse, Recipe, Schema
-from eff.use import save_figure
+from eff.use import load_pyplot, save_figure
 
 
 class ComparisonRow(Schema):
@@ -60,7 +61,7 @@ def compare(
     recipes = [recipe.model_copy(update={"methods": (use,)}) for use in uses]
     for one in recipes:
         make_plan(one)
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     rows: list[ComparisonRow] = []
     for text, one in zip(settings, recipes, strict=True):
         log.info(f"compare: {text}")
@@ -77,20 +78,9 @@ def compare(
     return comparison
 
 
-def _pyplot() -> object:
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise MissingDependencyError("the plot needs matplotlib; pip install 'eff-core[plots]'") from error
-    return pyplot
-
-
-def _plot(comparison: Comparison, path: Path, pyplot: object) -> None:
+def _plot(comparison: Comparison, path: Path, pyplot: Any) -> None:
     """Draw quality against file size, one labelled point a setting."""
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")  # type: ignore[attr-defined]
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     name = comparison.headline
     for row in comparison.rows:
         metric = row.measured.metrics.values[name]
@@ -105,4 +95,4 @@ def _plot(comparison: Comparison, path: Path, pyplot: object) -> None:
     axes.margins(0.2)
     axes.grid(alpha=0.3)
     save_figure(figure, path)
-    pyplot.close(figure)  # type: ignore[attr-defined]
+    pyplot.close(figure)

@@ -20,6 +20,7 @@ OPTIONAL = {
     "onnxscript": ("ONNX export", "pip install 'eff-core[onnx]'"),
     "onnxruntime": ("checking ONNX files", "pip install 'eff-core[onnx]'"),
     "matplotlib": ("plots of eff compare", "pip install 'eff-core[plots]'"),
+    "ray": ("eff sweep", "pip install 'eff-core[sweep]'"),
     "cookiecutter": ("eff new", "pip install 'eff-core[new]'"),
 }
 

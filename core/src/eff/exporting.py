@@ -112,7 +112,7 @@ def onnx_export(model: nn.Module, path: Path, run: Run, **options: Any) -> None:
     batch = torch.export.Dim("batch")
     try:
         program = torch.onnx.export(
-            model, inputs, dynamo=True, input_names=["input"], output_names=["output"],
+            model, inputs, dynamo=True, input_names=list(run.task.input_names), output_names=["output"],
             dynamic_shapes=tuple({0: batch} for _ in inputs), verbose=False, **options,
         )  # fmt: skip
     except Exception as error:  # the exporter raises many types
@@ -138,29 +138,32 @@ def onnx_agreement(model: nn.Module, path: Path, run: Run, samples: int = 256) -
     except ImportError:
         return {}
     session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
+    names = [item.name for item in session.get_inputs()]
     inputs = _comparison_inputs(run, samples)
+    if len(names) != len(inputs):  # the model ignores one of them
+        return {}
     with torch.inference_mode():
-        expected = model(inputs.to(run.device))
+        expected = model(*(value.to(run.device) for value in inputs))
     if not isinstance(expected, Tensor):
         return {}
-    found = torch.from_numpy(session.run(None, {name: inputs.numpy()})[0])
+    feed = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
+    found = torch.from_numpy(session.run(None, feed)[0])
     expected = expected.cpu()
     difference = float((found - expected).abs().max())
-    details: dict[str, Any] = {"samples": len(inputs), "max_difference": difference}
+    details: dict[str, Any] = {"samples": len(inputs[0]), "max_difference": difference}
     if expected.ndim == 2:
         details["agreement"] = float((found.argmax(1) == expected.argmax(1)).double().mean())
     return details
 
 
-def _comparison_inputs(run: Run, samples: int) -> Tensor:
-    """Return inputs of the bare module: normalised test images where there are any."""
-    normalize = getattr(run.task, "normalize", None)
-    if run.data is not None and run.data.test is not None and normalize is not None:
+def _comparison_inputs(run: Run, samples: int) -> tuple[Tensor, ...]:
+    """Return inputs of the bare module: test samples where there are any."""
+    if run.data is not None and run.data.test is not None:
         batch = run.data.test.batch(range(min(samples, len(run.data.test))))
-        image: Tensor = normalize(batch["image"])
-        return image
-    return run.task.example_inputs(min(samples, 16))[0]
+        inputs = run.task.module_inputs(batch)
+        if inputs is not None:
+            return inputs
+    return run.task.example_inputs(min(samples, 16))
 
 
 def _first_line(error: BaseException) -> str:

@@ -41,14 +41,13 @@ def measure(model: nn.Module, run: Run, plugins: Plugins, file_bytes: int | None
 
     Without data the hooks of the methods get None; without a task there is no latency.
     """
-    parts = []
-    for implementation in plugins.hook.evaluate.get_hookimpls():
-        if run.data is None and implementation.plugin_name == DEFAULT:
-            continue
-        metrics = implementation.function(
-            **{name: {"model": model, "data": run.data, "run": run}[name] for name in implementation.argnames}
-        )
-        parts.append((implementation.plugin_name, metrics or Metrics()))
+    left_out = [plugins.manager.get_plugin(DEFAULT)] if run.data is None else []
+    evaluate = plugins.manager.subset_hook_caller("evaluate", left_out)
+    reporters = [item.plugin_name for item in evaluate.get_hookimpls() if not (item.wrapper or item.hookwrapper)]
+    found = evaluate(model=model, data=run.data, run=run)[::-1]  # pluggy asks the last one registered first
+    if len(found) != len(reporters):  # one had nothing to say, or a wrapper added or took away
+        reporters = ["a method"] * len(found)
+    parts = list(zip(reporters, found, strict=True))
     latency = time_forward(model, run) if run.task.name != NoTask.name else None
     return Measurement(
         metrics=Metrics.merge(parts),

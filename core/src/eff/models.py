@@ -17,6 +17,7 @@ from eff.data import Data, load_data
 from eff.errors import MissingDependencyError, ModelError, did_you_mean
 from eff.log import Log
 from eff.options import read_value
+from eff.registry import import_object
 from eff.run import Run
 from eff.schemas import CheckpointHeader, DataSpec, ModelSpec, TaskSpec
 from eff.seeding import seed_everything
@@ -49,9 +50,12 @@ def file_of(model: str) -> Path | None:
     path = Path(model)
     if path.is_dir() and (path / "model.pt").exists():
         return path / "model.pt"
-    if path.exists() or path.suffix in SUFFIXES or "/" in model or "\\" in model:
+    if path.exists() or path.suffix in SUFFIXES:
         return path
-    return None if ":" in model else path
+    scheme, colon, _ = model.partition(":")
+    if colon and len(scheme) > 1 and "/" not in scheme and "\\" not in scheme:  # hf:owner/name; C:\\ is a drive
+        return None
+    return path
 
 
 def parse_source(text: str) -> ModelSpec:
@@ -138,7 +142,8 @@ def restore(
 
 def make_task(spec: TaskSpec, plugins: Plugins) -> Task[Any]:
     """Return the task of a spec, from core or an extension."""
-    task_type: type[Task[Any]] = plugins.look_up("tasks", spec.name, dict(BUILT_IN))
+    found = plugins.look_up("tasks", spec.name, dict(BUILT_IN))
+    task_type: type[Task[Any]] = import_object(found, f"task '{spec.name}'") if isinstance(found, str) else found
     return task_type.from_spec(spec)
 
 
@@ -159,7 +164,7 @@ def _spec_of(request: ModelRequest, file: ModelFile | None) -> ModelSpec:
 def _with_model_options(task: Task[Any], model: nn.Module, plugins: Plugins) -> Task[Any]:
     """Put what a pretrained model says of itself (`model.task_options`) over what the data says."""
     own = getattr(model, "task_options", None)
-    if not own:
+    if not own or task.name == NoTask.name:
         return task
     spec = task.spec
     return make_task(spec.model_copy(update={"options": {**spec.options, **own}}), plugins)
@@ -173,6 +178,8 @@ def _wanted_options(spec: ModelSpec, task: Task[Any], plugins: Plugins) -> dict[
     options = task.model_options()
     if spec.scheme == "timm":
         return {"num_classes": options["num_classes"]} if "num_classes" in options else {}
+    if spec.scheme == "hf":
+        return task.hub_options()
     if any(spec.scheme in extension.schemes for _, extension in plugins.extensions):
         return options
     return {}
@@ -203,7 +210,10 @@ def build_from_library(spec: ModelSpec, run: Run) -> nn.Module | None:
         if not run.task.hub_class:
             raise ModelError(f"'{spec.source}': hf: has no models for the task '{run.task.name}'; add --data")
         transformers = _library("transformers", spec)
-        return _module(_call(getattr(transformers, run.task.hub_class).from_pretrained, spec, spec.name), spec)
+        made = _module(_call(getattr(transformers, run.task.hub_class).from_pretrained, spec, spec.name), spec)
+        if not run.restoring and (own := run.task.options_of_hub_model(spec.name, made)):
+            made.task_options = own  # type: ignore[assignment]
+        return made
     if "." not in spec.scheme and spec.scheme != "__main__" and importlib.util.find_spec(spec.scheme) is None:
         return None
     try:

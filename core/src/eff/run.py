@@ -45,6 +45,8 @@ class Run:
     """`train_step` will be called after `transform`: keep a teacher now if one is wanted."""
     keeps_files: bool = False
     """`output` may be used: there is a run folder, and this is not the measurement before the change."""
+    hook: Any = None
+    """Calls the hooks of this run's plugins, those of families included; set where the run trains."""
     outputs: list[Artifact] = field(default_factory=list)
     """What `output` has written, for the report."""
     applied: Callable[[], tuple[AppliedMethod, ...]] = tuple

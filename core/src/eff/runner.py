@@ -259,6 +259,15 @@ def resume(folder: Path, *, log: Log | None = None) -> Report:
     return _Execution(plan, folder, log).run_all(state)
 
 
+def check_opens(plan: Plan, log: Log | None = None) -> None:
+    """Open a plan's model and data and let go of them again; for callers with many runs of one model.
+
+    Raises:
+        ModelError, DataError, PluginError, RequestError: what `apply` would raise before it writes.
+    """
+    _Execution(plan, Path(), log or Log())._open()
+
+
 class _Execution:
     """The state of one run while it goes on."""
 
@@ -392,7 +401,8 @@ class _Execution:
         for name in self.plan.formats:
             self.log.info(f"export {name}")
             artifacts.append(export(model, name, self.out, run, self.plan.plugins))
-        shipped = next((item.bytes for item in artifacts if item.format in self._own_formats()), None)
+        own = self._own_formats()  # a delta is no use without the base model, so it is not what one ships
+        shipped = next((i.bytes for i in artifacts if i.format in own and not i.details.get("needs_base")), None)
         self.log.info("measure the result" if self.plan.changes else f"measure {self.plan.recipe.model}")
         seed_everything(run.seed, "evaluate")
         size = shipped or (artifacts[0].bytes if artifacts else opened.file_bytes)

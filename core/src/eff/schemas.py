@@ -45,13 +45,13 @@ class TaskSpec(Schema):
 class DataSpec(Schema):
     """A data source as the user wrote it: `scheme:location?key=value&...`."""
 
-    scheme: str = Field(description="digits, folder, parquet, hf, npz, or an importable module.")
+    scheme: str = Field(description="csv, digits, folder, parquet, hf, npz, or an importable module.")
     location: str = Field("", description="Path, hub id or function name.")
     options: dict[str, str] = Field({}, description="What stood behind '?': train, test, seed, size, ...")
 
     @classmethod
     def parse(cls, text: str) -> DataSpec:
-        """Read `digits`, `folder:PATH?train=5000&seed=0`, `PATH.parquet`, `PATH.npz`, `hf:ID`, `module:function`.
+        """Read `digits`, `folder:PATH?train=5000&seed=0`, `PATH.parquet`, `PATH.npz`, `PATH.csv`, `hf:ID`, `module:function`.
 
         A path without a scheme is recognised by what lies there (see README, "Data").
 
@@ -76,8 +76,10 @@ class DataSpec(Schema):
 
 
 def _guess_scheme(text: str) -> tuple[str, str]:
+    if text == "digits":  # also where a run folder has that name; folder:digits is the folder
+        return text, ""
     path = Path(text)
-    if path.suffix in (".parquet", ".npz"):
+    if path.suffix in (".parquet", ".npz", ".csv"):
         return path.suffix[1:], text
     if path.is_dir():
         has_parquet = any(path.glob("*.parquet"))

@@ -47,6 +47,8 @@ class Task(ABC, Generic[OptionsT]):
     """The metric to plot and to compare models by."""
     hub_class: ClassVar[str] = ""
     """The transformers class that opens `hf:NAME` for this task, e.g. "AutoModelForImageClassification"."""
+    input_names: ClassVar[tuple[str, ...]] = ("input",)
+    """What an exported file calls the inputs of the bare module."""
 
     def __init__(self, options: OptionsT):
         self.options = options
@@ -74,6 +76,14 @@ class Task(ABC, Generic[OptionsT]):
     def model_options(self) -> dict[str, JsonValue]:
         """Return what an architecture needs to know, e.g. num_classes and in_channels."""
 
+    def hub_options(self) -> dict[str, JsonValue]:
+        """Return what transformers' `from_pretrained` must know of the task, e.g. num_labels."""
+        return {}
+
+    def options_of_hub_model(self, name: str, model: nn.Module) -> dict[str, JsonValue]:
+        """Return what a model from `hf:NAME` says of the task, e.g. its tokenizer."""
+        return {}
+
     @abstractmethod
     def forward(self, model: nn.Module, batch: Batch) -> Any:
         """Return the model's output; feeds the model what it expects (e.g. normalises)."""
@@ -94,6 +104,10 @@ class Task(ABC, Generic[OptionsT]):
         """Return the output for `eff predict`; a task may cut what is too large into tiles."""
         with torch.inference_mode():
             return self.forward(model, batch)
+
+    def module_inputs(self, batch: Batch) -> tuple[Tensor, ...] | None:
+        """Return `batch` as positional inputs of the bare module, for comparing exports; None: cannot."""
+        return None
 
     @abstractmethod
     def read_input(self, path: Path) -> Batch:
@@ -196,6 +210,10 @@ class Classification(Task[ClassificationOptions]):
         if self._mean is None or self._std is None:
             return image
         return (image - self._mean.to(image)) / self._std.to(image)
+
+    def module_inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Return the normalised images."""
+        return (self.normalize(batch["image"]),)
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return logits (N, classes)."""
@@ -311,4 +329,8 @@ class NoTask(Task[NoOptions]):
         return RequestError(f"cannot {verb} a model that names no task; add --data, e.g. --data digits")
 
 
-BUILT_IN: dict[str, type[Task[Any]]] = {task.name: task for task in (Classification, NoTask)}
+BUILT_IN: dict[str, str | type[Task[Any]]] = {
+    Classification.name: Classification,
+    NoTask.name: NoTask,
+    "text_classification": "eff.text:TextClassification",
+}

@@ -158,6 +158,7 @@ class Training:
 
     def __init__(self, model: nn.Module, run: Run, plugins: Plugins):
         self.run = run
+        run.hook = plugins.hook
         self.plugins = plugins
         self.options = run.train
         self.raw_model = model

@@ -6,11 +6,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from eff.data import move_batch
-from eff.errors import OutputError, RequestError, did_you_mean
+from eff.errors import MissingDependencyError, OutputError, RequestError, did_you_mean
 from eff.exporting import export, file_name
 from eff.files import atomic_path, check_output_folder, make_output_folder, write_text
 from eff.log import Log
@@ -228,6 +229,22 @@ def _status(field: str) -> int | None:
         if line.startswith(field):
             return int(line.split()[1]) * 1024
     return None
+
+
+def load_pyplot() -> Any:
+    """Return matplotlib's pyplot, drawing into files.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise MissingDependencyError("the plot needs matplotlib; pip install 'eff-core[plots]'") from error
+    return pyplot
 
 
 def save_figure(figure: object, path: Path) -> None:

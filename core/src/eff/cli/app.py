@@ -61,4 +61,4 @@ def root(
     """Published deep-learning methods as commands. Start with: eff demo."""
 
 
-from eff.cli import authors, plugins, runs, use  # noqa: E402, F401 - they add their commands to app
+from eff.cli import authors, plugins, runs, scale, use  # noqa: E402, F401 - they add their commands to app

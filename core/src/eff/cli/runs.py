@@ -65,7 +65,7 @@ def changed_recipe(recipe: Recipe, train: dict[str, Any], **changes: Any) -> Rec
         raise
 
 
-def _train_options(
+def train_options(
     epochs: int | None,
     batch_size: int | None,
     lr: float | None,
@@ -150,7 +150,7 @@ def apply(
         known = {use.name: use.options for use in base.methods}
         content["methods"] = [{"name": name, "options": {**known.get(name, {}), **given[name]}} for name in names]
     full = changed_recipe(
-        base, _train_options(epochs, batch_size, lr, optimizer, optimizer_option, accumulate),
+        base, train_options(epochs, batch_size, lr, optimizer, optimizer_option, accumulate),
         model=model, data=data, arch=arch, device=device, devices=devices, precision=precision, seed=seed,
         export=export, trust_pickle=trust_pickle or None, **content,
     )  # fmt: skip
@@ -208,7 +208,7 @@ def train(
     from eff.schemas import Recipe
 
     full = changed_recipe(
-        Recipe(model=arch), _train_options(epochs, batch_size, lr, optimizer, optimizer_option, accumulate),
+        Recipe(model=arch), train_options(epochs, batch_size, lr, optimizer, optimizer_option, accumulate),
         data=data, device=device, devices=devices, precision=precision, seed=seed, export=export,
     )  # fmt: skip
     folder = out or runner.default_out(arch, ())

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from eff.data import Data
 from eff.data.augment import Augmentation
 from eff.data.images import Shape
+from eff.data.labelled import Found, Labelled, check, split, with_model_classes
 from eff.data.options import ImageOptions
 from eff.data.splits import ImageSplit
-from eff.data.stores import ImageStore
-from eff.data.subsets import choose
 from eff.errors import DataError
 from eff.schemas import DataSpec, TaskSpec
 from eff.seeding import named_generator
@@ -25,43 +22,6 @@ _STATISTICS_SAMPLES = 2000
 _HEADERS = 200  # images whose size is looked at
 _STATISTICS_BATCH = 100
 _SMALLEST_STD = 1 / 255  # one grey level, for channels that are constant
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """Images with the index of their class, (N,) int64."""
-
-    images: ImageStore
-    labels: Tensor
-
-    def take(self, indices: Tensor) -> Labelled:
-        """Return these samples only."""
-        if torch.equal(indices, torch.arange(len(self.labels))):
-            return self
-        return Labelled(self.images.take(indices.tolist()), self.labels[indices])
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a source found, before options and model have their say.
-
-    Args:
-        classes: names by label.
-        train: the training samples, where the source has splits.
-        test: the test samples, where the source has splits.
-        whole: all samples, where it has none.
-        train_share: share of `whole` that trains when no option says otherwise.
-        augmentation: of training images; None: the standard one for their shape and colour.
-        by_index: the labels are output indices of the model and are not to be matched by name.
-    """
-
-    classes: tuple[str, ...]
-    train: Labelled | None = None
-    test: Labelled | None = None
-    whole: Labelled | None = None
-    train_share: float = 0.8
-    augmentation: Augmentation | None = None
-    by_index: bool = False
 
 
 def make_data(spec: DataSpec, options: ImageOptions, task: TaskSpec | None, found: Found) -> Data:
@@ -79,18 +39,16 @@ def make_data(spec: DataSpec, options: ImageOptions, task: TaskSpec | None, foun
     """
     wanted = task.options if task is not None else {}
     _check_task(spec, options, task)
-    for part in (found.train, found.test, found.whole):
-        if part is not None:
-            _check_labels(spec, part, len(found.classes))
-    found = _with_model_classes(spec, found, wanted.get("classes"))
-    train, test = _split(spec, options, found)
+    check(spec, found)
+    found = with_model_classes(spec, found, wanted.get("classes"))
+    train, test = split(spec, options, found)
     first = train or test
-    assert first is not None  # _split refuses to return nothing
+    assert first is not None  # split refuses to return nothing
     native = _native_shape([part for part in (train, test) if part is not None], options.seed)
     shape = _shape_from(wanted.get("input_shape")) or (native[0], *(options.size or native[1:]))
     augmentation = found.augmentation or Augmentation.standard(shape, flip=native[0] > 1)
     train_split, test_split = (
-        None if part is None else ImageSplit(part.images, part.labels, shape, augmentation) for part in (train, test)
+        None if part is None else ImageSplit(part.items, part.labels, shape, augmentation) for part in (train, test)
     )
     mean, std = _normalisation(wanted, train_split, options.seed)
     result = TaskSpec(
@@ -120,91 +78,12 @@ def _check_task(spec: DataSpec, options: ImageOptions, task: TaskSpec | None) ->
         )
 
 
-def _check_labels(spec: DataSpec, part: Labelled, classes: int) -> None:
-    if len(part.images) != len(part.labels):
-        raise DataError(f"data '{spec}': {len(part.images)} images, but {len(part.labels)} labels")
-    if not len(part.labels):
-        raise DataError(f"data '{spec}' has no images")
-    low, high = int(part.labels.min()), int(part.labels.max())
-    if low < 0 or high >= classes:
-        wrong = low if low < 0 else high
-        raise DataError(f"data '{spec}': label {wrong} is out of range; there are {classes} classes, from 0")
-
-
-def _with_model_classes(spec: DataSpec, found: Found, model_classes: object) -> Found:
-    """Give the samples the labels of the model, where its class names and the data's are the same kind.
-
-    Data with some of the model's classes would otherwise be counted from 0 and all come out wrong.
-    """
-    if not isinstance(model_classes, (list, tuple)) or tuple(model_classes) == found.classes:
-        return found
-    names = tuple(str(name) for name in model_classes)
-    if found.by_index:
-        return replace(found, classes=names) if len(found.classes) <= len(names) else found
-    unknown = [name for name in found.classes if name not in names]
-    if len(unknown) == len(found.classes):  # other names altogether: the order of the outputs is all there is
-        return found
-    if unknown:
-        raise DataError(
-            f"data '{spec}' has class '{unknown[0]}', which the model does not know"
-            + (f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else "")
-            + f"; it knows {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
-        )
-    index = torch.tensor([names.index(name) for name in found.classes])
-
-    def relabelled(part: Labelled | None) -> Labelled | None:
-        return part and replace(part, labels=index[part.labels])
-
-    return replace(
-        found,
-        classes=names,
-        train=relabelled(found.train),
-        test=relabelled(found.test),
-        whole=relabelled(found.whole),
-    )
-
-
-def _split(spec: DataSpec, options: ImageOptions, found: Found) -> tuple[Labelled | None, Labelled | None]:
-    """Return the train and test samples that the options ask for; None for a split without samples."""
-    if options.train == 0 and options.test == 0:
-        raise DataError(f"data '{spec}': train=0 and test=0 leave nothing")
-    if found.whole is None:
-        return (
-            _subset(spec, "train", found.train, options.train, options.seed),
-            _subset(spec, "test", found.test, options.test, options.seed),
-        )
-    total = len(found.whole.labels)
-    train = options.train
-    if train is None:
-        asks_test = options.test is not None and found.train_share > 0
-        train = max(0, total - (options.test or 0)) if asks_test else round(total * found.train_share)
-    if train + (options.test or 0) > total:
-        raise DataError(
-            f"data '{spec}': there are {total} images in all; train={options.train or 0} and "
-            f"test={options.test or 0} ask for {(options.train or 0) + (options.test or 0)}"
-        )
-    chosen, rest = choose(found.whole.labels, train, named_generator(options.seed, "data/split"))
-    remaining = found.whole.take(rest) if len(rest) else None
-    return (found.whole.take(chosen) if train else None, _subset(spec, "test", remaining, options.test, options.seed))
-
-
-def _subset(spec: DataSpec, name: str, part: Labelled | None, samples: int | None, seed: int) -> Labelled | None:
-    if samples == 0 or (part is None and samples is None):
-        return None
-    available = 0 if part is None else len(part.labels)
-    if part is None or (samples is not None and samples > available):
-        raise DataError(f"data '{spec}': {name}={samples} asks for more than the {available} {name} images there are")
-    if samples is None or samples == available:
-        return part
-    return part.take(choose(part.labels, samples, named_generator(seed, f"data/{name}"))[0])
-
-
 def _native_shape(parts: Sequence[Labelled], seed: int) -> Shape:
     """Return the images' own shape from the headers of some; 224 x 224 where they differ in size."""
     shapes: set[Shape] = set()
     for part in parts:
         some = torch.randperm(len(part.labels), generator=named_generator(seed, "data/headers"))[:_HEADERS]
-        shapes |= {part.images.native_shape(index) for index in some.tolist()}
+        shapes |= {part.items.native_shape(index) for index in some.tolist()}
     sizes = {shape[1:] for shape in shapes}
     height, width = sizes.pop() if len(sizes) == 1 else (MIXED_SIDE, MIXED_SIDE)
     return max(shape[0] for shape in shapes), height, width

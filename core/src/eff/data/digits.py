@@ -11,7 +11,8 @@ import torch
 
 from eff.data import Data
 from eff.data.augment import Augmentation
-from eff.data.classification import Found, Labelled, make_data
+from eff.data.classification import make_data
+from eff.data.labelled import Found, Labelled
 from eff.data.options import ImageOptions, read_options
 from eff.data.stores import ArrayStore
 from eff.errors import DataError, MissingDependencyError

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from eff.data import Data
-from eff.data.classification import Found, Labelled, make_data
+from eff.data.classification import make_data
 from eff.data.images import SUFFIXES
+from eff.data.labelled import Found, Labelled
 from eff.data.labels import from_indices, from_names
 from eff.data.options import ImageOptions, read_options
 from eff.data.stores import EncodedStore

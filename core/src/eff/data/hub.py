@@ -15,8 +15,9 @@ from typing import Any, overload
 from pydantic import Field
 
 from eff.data import Data
-from eff.data.classification import Found, Labelled, make_data
+from eff.data.classification import make_data
 from eff.data.images import Encoded
+from eff.data.labelled import Found, Labelled
 from eff.data.options import read_options
 from eff.data.parquet import IMAGE_NAMES, LABEL_NAMES, ColumnOptions, label_indices
 from eff.data.stores import EncodedStore

@@ -11,13 +11,20 @@ from eff.errors import DataError, EffError, did_you_mean
 from eff.schemas import DataSpec, TaskSpec
 
 BUILT_IN: dict[str, str] = {
+    "csv": "eff.data.text:load_csv",
     "digits": "eff.data.digits:load_digits",
     "folder": "eff.data.folder:load_folder",
     "hf": "eff.data.hub:load_hub",
     "npz": "eff.data.npz:load_npz",
     "parquet": "eff.data.parquet:load_parquet",
 }
-_NEED_LOCATION = {"folder": "folder:PATH", "hf": "hf:ID", "npz": "npz:PATH", "parquet": "parquet:PATH"}
+_NEED_LOCATION = {
+    "csv": "csv:PATH",
+    "folder": "folder:PATH",
+    "hf": "hf:ID",
+    "npz": "npz:PATH",
+    "parquet": "parquet:PATH",
+}
 
 
 def load(spec: DataSpec, task: TaskSpec | None, sources: Mapping[str, str]) -> Data:

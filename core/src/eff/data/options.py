@@ -27,16 +27,21 @@ def _parse_size(value: object) -> object:
 Size = Annotated[tuple[int, int], BeforeValidator(_parse_size)]
 
 
-class ImageOptions(Schema):
-    """Options that all image sources share. A field's description says what its value must be."""
+class SampleOptions(Schema):
+    """Options that all sources share. A field's description says what its value must be."""
 
     train: int | None = Field(None, ge=0, description="a whole number of samples, 0 or more")
     test: int | None = Field(None, ge=0, description="a whole number of samples, 0 or more")
     seed: int = Field(0, ge=0, lt=2**31, description="a whole number from 0 to 2147483647")
+
+
+class ImageOptions(SampleOptions):
+    """Options that all image sources share."""
+
     size: Size | None = Field(None, description=f"N or HxW in pixels, each from 1 to {LARGEST_SIDE}")
 
 
-OptionsT = TypeVar("OptionsT", bound=ImageOptions)
+OptionsT = TypeVar("OptionsT", bound=SampleOptions)
 
 
 def read_options(spec: DataSpec, kind: type[OptionsT], path: Path | None = None) -> OptionsT:
@@ -63,7 +68,7 @@ def read_options(spec: DataSpec, kind: type[OptionsT], path: Path | None = None)
     return options
 
 
-def _fault(kind: type[ImageOptions], spec: DataSpec, name: str) -> str:
+def _fault(kind: type[SampleOptions], spec: DataSpec, name: str) -> str:
     field = kind.model_fields.get(name)
     if field is None:
         known = list(kind.model_fields)

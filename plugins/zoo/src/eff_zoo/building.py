@@ -11,7 +11,7 @@ from torch import nn
 
 from eff.errors import ModelError, RequestError, did_you_mean, raise_problems
 from eff.seeding import derive_seed
-from eff_zoo.options import ZooOptions
+from eff_zoo.options import ClassifierOptions
 
 if TYPE_CHECKING:
     from eff.run import Run
@@ -24,6 +24,7 @@ class Entry(NamedTuple):
     module: str
     factory: str
     options: str
+    reads: str = "images"
 
 
 MODELS = {
@@ -36,6 +37,8 @@ MODELS = {
     "vit_tiny": Entry("eff_zoo.vit", "VisionTransformer", "ViTTinyOptions"),
     "mobilenet_v2": Entry("eff_zoo.mobilenet_v2", "MobileNetV2", "MobileNetV2Options"),
     "efficientnet_lite0": Entry("eff_zoo.efficientnet_lite", "efficientnet_lite0", "EfficientNetLiteOptions"),
+    "minilm_classifier": Entry("eff_zoo.text_classifier", "text_classifier", "MiniLMOptions", "texts"),
+    "text_tiny": Entry("eff_zoo.text_classifier", "text_classifier", "TextTinyOptions", "texts"),
 }
 
 
@@ -45,6 +48,8 @@ def build(spec: ModelSpec, run: Run) -> nn.Module:
     Options that the spec leaves out and the task knows (num_classes, in_channels, image_size) come
     from the task.
     """
+    if run.task.name == "classification" and spec.name in MODELS and MODELS[spec.name].reads == "texts":
+        raise ModelError(f"{spec.source} classifies texts, the data are images; use texts, e.g. --data csv:PATH")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(run.seed, f"build_model/{spec.source}"))
         return _make(spec.name, dict(spec.options), _task_options(run))
@@ -75,7 +80,7 @@ def _make(name: str, given: dict[str, Any], defaults: dict[str, Any]) -> nn.Modu
         )
     entry = MODELS[name]
     module = importlib.import_module(entry.module)
-    kind: type[ZooOptions] = getattr(module, entry.options)
+    kind: type[ClassifierOptions] = getattr(module, entry.options)
     known = {key: value for key, value in defaults.items() if key in kind.model_fields}
     try:
         options = kind.model_validate(known | given)
@@ -86,7 +91,7 @@ def _make(name: str, given: dict[str, Any], defaults: dict[str, Any]) -> nn.Modu
     return made
 
 
-def _fault(name: str, kind: type[ZooOptions], item: Any) -> RequestError:
+def _fault(name: str, kind: type[ClassifierOptions], item: Any) -> RequestError:
     if not item["loc"]:
         return ModelError(f"zoo:{name}: {item['msg'].removeprefix('Value error, ')}")
     option = str(item["loc"][0])

@@ -27,6 +27,8 @@ class Zoo(Extension):
         "zoo:vit_tiny": "ViT with DeiT-tiny's width and depth (Touvron et al., ICML 2021); 5.7 M parameters at 224 px",
         "zoo:mobilenet_v2": "MobileNetV2, also with a stem for 32 x 32 (Sandler et al., CVPR 2018); 3.5 M parameters",
         "zoo:efficientnet_lite0": "EfficientNet-Lite0, ImageNet weights with pretrained=true; 4.7 M parameters",
+        "zoo:minilm_classifier": "MiniLM-L6 sentence encoder with its weights, mean pooling, a linear head; 22.6 M parameters",
+        "zoo:text_tiny": "BERT of width 32 and depth 2 on hashed words, for trying things out; 54 k parameters",
     }
 
     @hookimpl
