@@ -15,7 +15,7 @@ def main() -> None:
     for row in discover():
         if row.family != family:
             family = row.family
-            lines += [f"## {family}: {FAMILIES.get(family, family)}", ""]
+            lines += [*([""] if lines[-1] else []), f"## {family}: {FAMILIES.get(family, family)}", ""]
         try:
             card = load_method(row.name).card
         except EffError as error:

@@ -33,7 +33,9 @@ WORKS = [
     # chain, model and data, a metric of each method
     ("quant_lsq,fl_fedspeed", CNN, ("mean_weight_bits", "sharpness")),
     ("quant_lsq,peft_paca", VIT, ("mean_weight_bits", "trainable_parameters")),
+    ("quant_lsq,train_adamp", CNN, ("mean_weight_bits", "weight_norm")),
     ("peft_paca,fl_fedspeed", VIT, ("trainable_parameters", "sharpness")),
+    ("peft_paca,train_adamp", VIT, ("trainable_parameters", "weight_norm")),
 ]
 
 
@@ -52,6 +54,7 @@ REFUSED = [
     ("peft_paca,quant_lsq", VIT, "would cut off its training; name that method before peft_paca"),
     ("quant_lsq,restore_deanet", CNN, "restore_deanet conflicts with quant_lsq"),
     ("fl_fedspeed,peft_paca", VIT, "name the federated method last"),
+    ("fl_fedspeed,train_adamp", CNN, "name the federated method last"),
     ("quant_lsq,quant_lsq", CNN, "quant_lsq is named twice"),
 ]
 

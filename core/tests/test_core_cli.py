@@ -152,13 +152,13 @@ def test_a_claim_that_does_not_hold_exits_with_1_and_says_so(capsys, install, me
 
 CLAIM = """
 from eff.method import Claim, Check
-claims = (Claim(id="c", statement="s", run="made_dummy_{name}:measure", checks=(Check(left="a", right=0.001),), paper="p", minutes=0.1, seeds=(0,)),)
+claims = (Claim(id="c", statement="s", run="made_dummy_{name}:measure", checks=(Check(left="net_a", right=0.001),), paper="p", minutes=0.1, seeds=(0,), unit="%", units={{"a": "m"}}),)
 """
 
 
 def test_one_claim_that_cannot_run_does_not_take_the_others_with_it(capsys, install, method_code, monkeypatch):
     for name, body in (
-        ("quant_good", "return {'a': [0.00234]}"),
+        ("quant_good", "return {'net_a': [0.00234], 'b': [3.0]}"),
         ("quant_bad", "raise FileNotFoundError('no photos')"),
     ):
         install(name, method_code(CLAIM.format(name=name)) + f"\ndef measure(run): {body}\n")
@@ -168,7 +168,7 @@ def test_one_claim_that_cannot_run_does_not_take_the_others_with_it(capsys, inst
     )
     code, out, err = run(capsys, "verify", "--all")
     assert code == 1
-    assert "quant_good" in out and "0.00234" in out and "holds" in out
+    assert "quant_good c" in out and "0.00234 m" in out and "3.00 %" in out and "holds" in out
     assert "claim 'c' could not be run: no photos" in " ".join(err.split())
 
 

@@ -59,6 +59,7 @@ def run_claim(plugin: str, claim: Claim, seeds: tuple[int, ...], log: Log) -> Cl
         statement=claim.statement,
         paper=claim.paper,
         unit=claim.unit,
+        units=claim.units,
         seeds=seeds,
         measured={name: list(values) for name, values in measured.items()},
         checks=checks,

@@ -65,7 +65,8 @@ class Claim(Schema):
     run: str = Field(pattern=r"^[\w.]+:\w+$")
     checks: tuple[Check, ...] = Field(min_length=1)
     paper: str = Field(description="The paper's own figures and where they stand.")
-    unit: str = ""
+    unit: str = Field("", description="Unit of all settings that `units` does not name.")
+    units: dict[str, str] = Field({}, description="Units by name of a setting or its last word, e.g. {'norm': ''}.")
     seeds: tuple[int, ...] = (0, 1, 2, 3)
     minutes: float = Field(description="Expected duration on two CPU cores.")
 

@@ -297,9 +297,15 @@ class ClaimResult(Schema):
     statement: str
     paper: str
     unit: str
+    units: dict[str, str] = {}
     seeds: tuple[int, ...]
     measured: dict[str, list[float]]
     checks: tuple[CheckResult, ...]
     holds: bool
     seconds: float
-    note: str = ""
+
+    def unit_of(self, setting: str) -> str:
+        """Return the unit of one setting's values."""
+        return next(
+            (unit for name, unit in self.units.items() if setting == name or setting.endswith("_" + name)), self.unit
+        )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +12,8 @@ import typer
 
 if TYPE_CHECKING:
     from eff.schemas import ClaimResult, Measurement, Metric, Report
+
+_WIDTH = 120
 
 
 def print_json(value: Any) -> None:
@@ -35,7 +39,9 @@ def print_table(
         table.add_column(name, justify="right" if index in right else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
-    Console().print(table)
+    # Into a pipe or a file rich assumes 80 columns, which breaks names in two.
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _WIDTH
+    Console(width=width).print(table)
 
 
 def size_text(count: int | None) -> str:
@@ -122,25 +128,19 @@ def print_claims(results: Sequence[ClaimResult]) -> None:
     """Print all claims in one table, then what each setting measured."""
     rows: list[list[object]] = []
     for result in results:
+        rows.append([f"{result.plugin} {result.id}", "", "", "", ""])
         for check in result.checks:
             spread = f" ± {check.spread:.2g}" if check.spread is not None else ""
             verdict = "holds" if check.holds else "DOES NOT HOLD"
-            rows.append(
-                [
-                    result.plugin,
-                    result.id,
-                    check.check,
-                    _figure(check.left),
-                    _figure(check.right),
-                    f"{check.gap:+.3g}{spread}",
-                    verdict,
-                ]
-            )
-    print_table("claims", ["plugin", "claim", "check", "left", "right", "gap", "verdict"], rows, right=(3, 4, 5))
+            figures = [_figure(check.left), _figure(check.right), f"{check.gap:+.3g}{spread}"]
+            rows.append([f"  {check.check}", *figures, verdict])
+    print_table("claims", ["claim and check", "left", "right", "gap", "verdict"], rows, right=(1, 2, 3))
     for result in results:
         typer.echo(f"{result.plugin} {result.id}: {result.statement}")
+        widest = max(map(len, result.measured), default=0)
         for name, values in result.measured.items():
             mean = sum(values) / len(values)
-            typer.echo(f"  {name:<14} {_figure(mean):>8} {result.unit}   per seed: {', '.join(map(_figure, values))}")
+            unit = f" {result.unit_of(name)}".rstrip()
+            typer.echo(f"  {name:<{widest}} {_figure(mean):>8}{unit}   per seed: {', '.join(map(_figure, values))}")
         typer.echo(f"  paper: {result.paper}")
         typer.echo(f"  {len(result.seeds)} seeds, {result.seconds:.0f} s")

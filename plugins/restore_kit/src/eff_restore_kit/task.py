@@ -34,7 +34,7 @@ class RestorationOptions(Schema):
     size: tuple[int, int] = Field((64, 64), description="Height and width of training crops.")
     multiple: int = Field(1, ge=1, description="The network takes sides that are multiples of this.")
     smallest: int = Field(1, ge=1, description="The smallest side the network takes.")
-    tile: int = Field(640, ge=64, description="Photos larger than this many pixels squared are restored in tiles.")
+    tile: int = Field(480, ge=64, description="Photos larger than this many pixels squared are restored in tiles.")
     context: int | None = Field(None, ge=0, description="Pixels of a tile's edge not trusted; unset: measured.")
     border: int = Field(0, ge=0, description="Pixels at the edges left out of the metrics.")
     rounded: bool = Field(False, description="Measure on 8-bit values.")

@@ -1,0 +1,313 @@
+"""AdamP and SGDP against a float64 loop written from the paper's equations, against torch, compiled, resumed."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+
+from eff_train_adamp.optimizers import SGDP, AdamP, GradientError
+from eff_train_adamp.projection import detect, remove_radial_
+
+SHAPES = ((4, 3, 3, 3), (4,), (5, 36), (5,), (7, 2))
+
+
+def loop_project(weight, gradient, update, delta, eps):
+    """Return the projected update, whether it was projected: the card's procedure, row by row."""
+    for rows in (weight.shape[0], 1):
+        w, g, u = (tensor.reshape(rows, -1) for tensor in (weight, gradient, update))
+        cosines = []
+        for i in range(rows):
+            norms = max(float(w[i].norm()), eps) * max(float(g[i].norm()), eps)
+            cosines.append(abs(float(w[i] @ g[i])) / norms)
+        if max(cosines) < delta / math.sqrt(w.shape[1]):
+            found = u.clone()
+            for i in range(rows):
+                n = w[i] / (w[i].norm() + eps)
+                found[i] = u[i] - n * (n @ u[i])
+            return found.reshape(update.shape), True
+    return update, False
+
+
+class Loop:
+    """Both optimizers in float64, one tensor after another."""
+
+    def __init__(self, params, kind, **options):
+        self.params = [parameter.detach().double().clone() for parameter in params]
+        self.kind, self.options, self.t = kind, options, 0
+        self.m = [torch.zeros_like(p) for p in self.params]
+        self.v = [torch.zeros_like(p) for p in self.params]
+        self.projected = 0
+
+    def step(self, gradients):
+        o, self.t = self.options, self.t + 1
+        for i, g in enumerate(gradients):
+            p, g = self.params[i], g.double()
+            if self.kind == "adamp":
+                b1, b2 = o["betas"]
+                self.m[i] = b1 * self.m[i] + (1 - b1) * g
+                self.v[i] = b2 * self.v[i] + (1 - b2) * g * g
+                denominator = self.v[i].sqrt() / math.sqrt(1 - b2**self.t) + o["eps"]
+                u = (b1 * self.m[i] + (1 - b1) * g if o["nesterov"] else self.m[i]) / denominator
+                rate, decay = o["lr"] / (1 - b1**self.t), o["lr"] * o["weight_decay"]
+            else:
+                self.m[i] = o["momentum"] * self.m[i] + (1 - o["dampening"]) * g
+                u = g + o["momentum"] * self.m[i] if o["nesterov"] else self.m[i]
+                rate, decay = o["lr"], o["lr"] * o["weight_decay"] / (1 - o["momentum"])
+            ratio = 1.0
+            if p.ndim > 1:
+                u, was = loop_project(p, g, u, o["delta"], o["eps"])
+                ratio = o["wd_ratio"] if was else 1.0
+                self.projected += was
+                if self.kind == "sgdp" and not o["nesterov"]:
+                    self.m[i] = u  # the update is the buffer
+            self.params[i] = p * (1 - decay * ratio) - rate * u
+
+
+def gradients_for(params, generator, radial):
+    """Return random gradients; those of the first and third tensor are orthogonal per row, or as a whole."""
+    found = []
+    for number, p in enumerate(params):
+        g = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        if p.ndim > 1 and number != 4:
+            rows = p.shape[0] if number == 0 else 1
+            w, flat = p.detach().reshape(rows, -1), g.reshape(rows, -1)
+            share = (w * flat).sum(1, keepdim=True) / w.square().sum(1, keepdim=True)
+            g = (flat - (1 - radial) * share * w).reshape(p.shape)
+        found.append(g)
+    return found
+
+
+CASES = [
+    ("adamp", AdamP, {"lr": 0.01, "betas": (0.9, 0.99), "weight_decay": 0.1, "nesterov": nesterov})
+    for nesterov in (False, True)
+] + [
+    ("sgdp", SGDP, {"lr": 0.05, "momentum": 0.9, "dampening": dampening, "weight_decay": 0.01, "nesterov": nesterov})
+    for nesterov in (False, True)
+    for dampening in (0.0, 0.3)
+]
+
+
+@pytest.mark.parametrize(("kind", "make", "options"), CASES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_steps_equal_the_float64_loop(kind, make, options, dtype):
+    generator = torch.Generator().manual_seed(0)
+    shared = {"eps": 1e-8, "delta": 0.1, "wd_ratio": 0.1}
+    params = [nn.Parameter(torch.randn(shape, generator=generator, dtype=dtype)) for shape in SHAPES]
+    loop = Loop(params, kind, **options, **shared)
+    optimizer = make(params, **options, **shared)
+    for index in range(8):
+        gradients = gradients_for(params, generator, radial=0.0 if index % 4 else 1.0)
+        for parameter, gradient in zip(params, gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        loop.step(gradients)
+        tolerance = {"rtol": 1e-12, "atol": 1e-13} if dtype == torch.float64 else {"rtol": 2e-5, "atol": 2e-6}
+        for parameter, expected in zip(params, loop.params, strict=True):
+            torch.testing.assert_close(parameter.detach().double(), expected, **tolerance)
+    assert 8 <= loop.projected < 24  # both branches were taken
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 6),
+    columns=st.integers(1, 12),
+    seed=st.integers(0, 2**16),
+    scale=st.floats(1e-3, 1e3),
+    radial=st.sampled_from([0.0, 1e-3, 1.0]),
+)
+def test_the_projection_is_orthogonal_per_row_and_blind_to_the_scale_of_the_weight(rows, columns, seed, scale, radial):
+    generator = torch.Generator().manual_seed(seed)
+    w, g, u = (torch.randn(rows, columns, generator=generator, dtype=torch.float64) for _ in range(3))
+    g = g - (1 - radial) * w * ((w * g).sum(1, keepdim=True) / w.square().sum(1, keepdim=True))
+    found = detect([w], [g], 0.1, 1e-30)
+    projected = u.clone()
+    remove_radial_([projected], [w], found, 1e-30)
+    expected, was = loop_project(w, g, u, 0.1, 1e-30)
+    assert bool(found.channel[0] | found.layer[0]) is was
+    torch.testing.assert_close(projected, expected, rtol=1e-9, atol=1e-9)
+    if found.channel[0]:
+        assert ((projected * w).sum(1).abs() <= 1e-9 * w.norm(dim=1) * u.norm(dim=1)).all()
+    again = u.clone()
+    scaled = detect([scale * w], [g], 0.1, 1e-30)
+    remove_radial_([again], [scale * w], scaled, 1e-30)
+    torch.testing.assert_close(again, projected, rtol=1e-6, atol=1e-9)
+
+
+def train(optimizer_of, steps=6, seed=0):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    optimizer = optimizer_of(model.parameters())
+    x, y = torch.randn(16, 1, 8, 8), torch.randint(3, (16,))
+    for _ in range(steps):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return model, optimizer, (x, y)
+
+
+def close(left, right, **tolerance):
+    for a, b in zip(left.parameters(), right.parameters(), strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+def test_where_nothing_is_projected_they_are_torchs_adamw_and_sgd():
+    """A threshold of practically zero never passes; AdamW's decay is adamp's, momentum starts as SGD's."""
+    ours, _, _ = train(lambda p: AdamP(p, lr=0.01, weight_decay=0.1, delta=1e-30))
+    theirs, _, _ = train(lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1))
+    close(ours, theirs, rtol=1e-5, atol=1e-6)
+    ours, _, _ = train(lambda p: SGDP(p, lr=0.05, momentum=0.9, delta=1e-30))
+    theirs, _, _ = train(lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9))
+    close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_weight_before_batch_norm_is_projected_and_stays_shorter():
+    plain, _, _ = train(lambda p: torch.optim.SGD(p, lr=0.2, momentum=0.9), steps=30)
+    projected, _, _ = train(lambda p: SGDP(p, lr=0.2, momentum=0.9), steps=30)
+    assert projected[0].weight.norm() < plain[0].weight.norm()
+
+
+@pytest.mark.parametrize("make", [lambda p: AdamP(p, weight_decay=0.01), lambda p: SGDP(p, lr=0.05, momentum=0.9)])
+def test_a_restored_optimizer_goes_on_bit_for_bit(make):
+    model, optimizer, (x, y) = train(make)
+    other = copy.deepcopy(model)
+    restored = make(other.parameters())
+    restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for net, steps in ((model, optimizer), (other, restored)):
+        for _ in range(3):
+            steps.zero_grad()
+            nn.functional.cross_entropy(net(x), y).backward()
+            steps.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("make", [AdamP, lambda p, lr: SGDP(p, lr=lr, momentum=0.9, weight_decay=1e-3)])
+def test_a_compiled_step_equals_the_plain_one_and_compiles_once(make):
+    """The graph is what torch.compile captures; without its C++ backend, which needs a compiler."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    models = [train(lambda p: torch.optim.SGD(p, lr=0.0), steps=1)[0] for _ in range(2)]
+    optimizers = [make(model.parameters(), lr=torch.tensor(0.01)) for model in models]
+    steps = [optimizers[0].step, torch.compile(optimizers[1].step, backend=counter, fullgraph=False)]
+    generator = torch.Generator().manual_seed(1)
+    for index in range(5):
+        for optimizer in optimizers:  # a schedule changes the rate
+            optimizer.param_groups[0]["lr"].fill_(0.01 / (index + 1))
+        gradients = [torch.randn(p.shape, generator=generator) for p in models[0].parameters()]
+        for model, step in zip(models, steps, strict=True):
+            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                parameter.grad = gradient.clone()
+            step()
+    close(*models, rtol=1e-5, atol=1e-6)
+    assert counter.frame_count <= 3, "the step is compiled anew every time"
+
+
+def test_a_model_that_is_compiled_trains_the_same():
+    torch._dynamo.reset()
+    plain, _, (x, y) = train(lambda p: AdamP(p, lr=0.01), steps=4)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    optimizer, compiled = AdamP(model.parameters(), lr=0.01), torch.compile(model, backend="aot_eager")
+    for _ in range(4):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(compiled(x), y).backward()
+        optimizer.step()
+    close(plain, model, rtol=1e-4, atol=1e-5)
+
+
+def test_channels_last_weights_step_as_contiguous_ones():
+    weight, gradient = torch.randn(6, 4, 3, 3), torch.randn(6, 4, 3, 3)
+    results = []
+    for form in (torch.contiguous_format, torch.channels_last):
+        parameter = nn.Parameter(weight.clone(memory_format=form))
+        parameter.grad = gradient.clone(memory_format=form)
+        optimizer = AdamP([parameter], delta=100.0)
+        optimizer.step()
+        results.append(parameter.detach())
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype):
+    """A row of 4096 products of 8 overflows float16 and drowns in bfloat16 if summed there."""
+    weight = nn.Parameter(torch.full((2, 4096), 8.0, dtype=dtype))
+    weight.grad = torch.full((2, 4096), 8.0, dtype=dtype)
+    weight.grad[:, ::2] *= -1  # orthogonal
+    optimizer = SGDP([weight], lr=0.5, momentum=0.0)
+    optimizer.step()
+    expected = 8.0 - 0.5 * weight.grad.float()
+    torch.testing.assert_close(weight.detach().float(), expected, rtol=1e-2, atol=1e-2)
+    assert weight.dtype == dtype
+
+
+def test_a_weight_of_zeros_stays_finite():
+    weight = nn.Parameter(torch.zeros(3, 4))
+    weight.grad = torch.ones(3, 4)
+    optimizer = AdamP([weight], lr=0.1, weight_decay=0.1)
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), torch.full((3, 4), -0.1))
+
+
+def test_a_closure_runs_with_gradients():
+    weight = nn.Parameter(torch.ones(2, 2))
+    optimizer = AdamP([weight])
+
+    def closure():
+        optimizer.zero_grad()
+        loss = weight.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) == 4.0
+    assert (weight < 1).all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_is_named_and_nothing_is_changed(value):
+    first, second = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(3, 2))
+    first.grad, second.grad = torch.ones(2, 2), torch.full((3, 2), value)
+    optimizer = AdamP([("first", first), ("body.weight", second)])
+    with pytest.raises(GradientError, match="the gradient of 'body.weight' holds NaN or infinity; try a smaller --lr"):
+        optimizer.step()
+    assert torch.equal(first.detach(), torch.ones(2, 2)) and not optimizer.state
+
+
+def test_sparse_gradients_are_refused():
+    layer = nn.Embedding(5, 3, sparse=True)
+    layer(torch.tensor([1])).sum().backward()
+    with pytest.raises(GradientError, match=r"is sparse; make the layer with sparse=False"):
+        SGDP(layer.parameters(), lr=0.1).step()
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (AdamP, {"lr": -1.0}, "lr must be at least 0, got -1.0"),
+        (AdamP, {"betas": (0.9, 1.0)}, r"betas must be two values in \[0, 1\), got \(0.9, 1.0\)"),
+        (AdamP, {"eps": 0.0}, "eps must be above 0, got 0.0"),
+        (AdamP, {"delta": 0.0}, "delta must be above 0, got 0.0"),
+        (AdamP, {"wd_ratio": 1.5}, r"wd_ratio must be in \[0, 1\], got 1.5"),
+        (AdamP, {"weight_decay": math.nan}, "weight_decay must be at least 0, got nan"),
+        (SGDP, {"lr": 0.1, "momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
+        (SGDP, {"lr": 0.1, "dampening": 1.1}, r"dampening must be in \[0, 1\], got 1.1"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(make, options, message):
+    with pytest.raises(ValueError, match=message):
+        make([nn.Parameter(torch.ones(2))], **options)
+
+
+def test_the_reference_codes_step_counts_are_read():
+    weight = nn.Parameter(torch.ones(2, 2))
+    optimizer = AdamP([weight])
+    weight.grad = torch.ones(2, 2)
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    state["state"][0]["step"] = 1
+    optimizer.load_state_dict(state)
+    optimizer.step()
+    assert optimizer.state[weight]["step"] == 2
