@@ -22,7 +22,7 @@ from eff_quant_kit.layers import (
     quant_layers,
     replace_module,
 )
-from eff_quant_kit.observers import minmax_symmetric
+from eff_quant_kit.observers import minmax_symmetric, mse_symmetric
 from eff_quant_kit.quantizer import Quantizer
 from eff_quant_lsq.config import LSQConfig
 from eff_quant_lsq.initial import gradient_scale, lsq_plus_input, lsq_plus_weight_step, lsq_step
@@ -91,6 +91,7 @@ def _quantized(
 
 def _prepare_weights(model: nn.Module, config: LSQConfig, run: Run) -> None:
     """Set the gradient scale of every weight step and, unless restoring, its initial value."""
+    at_floor = []
     for layer in quant_layers(model).values():
         quantizer = layer.weight_quantizer
         if quantizer is None:
@@ -101,17 +102,28 @@ def _prepare_weights(model: nn.Module, config: LSQConfig, run: Run) -> None:
         if not run.restoring:
             step = _weight_step(weight, quantizer, config)
             if quantizer.set_scale(step):
-                run.warn(
-                    f"{PLUGIN}: {quantizer.name}: the weights are all zero (in a channel); its step starts at the floor"
-                )
+                at_floor.append(quantizer.name)
+    if at_floor:
+        others = f" and {len(at_floor) - 1} others" if len(at_floor) > 1 else ""
+        run.warn(
+            f"{PLUGIN}: {at_floor[0]}{others}: weights are all zero (in a channel); their steps start at the floor"
+        )
 
 
 def _weight_step(weight: Tensor, quantizer: Quantizer, config: LSQConfig) -> Tensor:
     if config.init == "minmax":
         return minmax_symmetric(weight, quantizer.q_max, quantizer.axis)
+    if config.init == "mse":
+        return mse_symmetric(weight, quantizer.q_min, quantizer.q_max, quantizer.axis)
     if config.offset:
         return lsq_plus_weight_step(weight, quantizer.bits, quantizer.axis)
     return lsq_step(weight, quantizer.q_max, quantizer.axis)
+
+
+def _input_step(x: Tensor, quantizer: Quantizer, config: LSQConfig) -> Tensor:
+    if config.init == "mse":
+        return mse_symmetric(x, quantizer.q_min, quantizer.q_max)
+    return (minmax_symmetric if config.init == "minmax" else lsq_step)(x, quantizer.q_max)
 
 
 def _initialise_inputs(model: nn.Module, config: LSQConfig, structure: dict[str, Any], run: Run, batch: Any) -> None:
@@ -131,8 +143,7 @@ def _initialise_inputs(model: nn.Module, config: LSQConfig, structure: dict[str,
             scale, offset = lsq_plus_input(x, quantizer.q_min, quantizer.q_max, config.offset_init)
             at_floor = quantizer.set_scale(scale, offset)
         else:
-            whole = config.init == "minmax"
-            at_floor = quantizer.set_scale((minmax_symmetric if whole else lsq_step)(x, quantizer.q_max))
+            at_floor = quantizer.set_scale(_input_step(x, quantizer, config))
         if at_floor:
             run.warn(f"{PLUGIN}: {quantizer.name}: the first batch is constant here; its step starts at the floor")
 
