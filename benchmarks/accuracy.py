@@ -62,7 +62,7 @@ def cifar(shared: Path, train: int) -> list[tuple[str, Recipe]]:
 def photos(shared: Path) -> list[tuple[str, Recipe]]:
     """Return EfficientNet-Lite0 at 8 bits, initialised on 256 photos, without training."""
     use = MethodUse(
-        name="quant_lsq", options={"weight_bits": 8, "act_bits": 8, "per_channel_weight": True, "init": "mse"}
+        name="quant_lsq", options={"weight_bits": 8, "act_bits": 8, "per_channel_weight": True, "init": "minmax"}
     )
     recipe = Recipe(
         model="zoo:efficientnet_lite0?pretrained=true",
@@ -70,7 +70,7 @@ def photos(shared: Path) -> list[tuple[str, Recipe]]:
         methods=(use,),
         train=TrainOptions(epochs=0),
     )
-    return [("efficientnet_lite0 W8A8 per channel, least-squares steps, not trained", recipe)]
+    return [("efficientnet_lite0 W8A8 per channel, min-max steps, not trained", recipe)]
 
 
 if __name__ == "__main__":

@@ -17,29 +17,6 @@ def minmax_symmetric(x: Tensor, q_max: int, axis: int | None = None) -> Tensor:
     return largest.amax([index for index in range(x.ndim) if index != axis]) / q_max
 
 
-def mse_symmetric(x: Tensor, q_min: int, q_max: int, axis: int | None = None, steps: int = 80) -> Tensor:
-    """Return the scale that minimises ||x_hat - x||^2 over ranges up to max|x|, per tensor or per index of `axis`.
-
-    The range shrinks on a grid of `steps` down to a fifth of the largest value. A tensor without `axis`
-    is looked at in `SEARCH_SAMPLES` places.
-    """
-    rows = _sample(x)[None] if axis is None else x.detach().float().movedim(axis, 0).flatten(1)
-    largest = minmax_symmetric(x, q_max, axis).float().reshape(-1, 1)
-    best, best_error = largest.clone(), torch.full_like(largest, float("inf"))
-    for share in torch.linspace(1.0, 0.2, steps).tolist():
-        scale = (share * largest).clamp_min(torch.finfo(torch.float32).tiny)  # a channel of zeros
-        levels = (rows / scale).round_().clamp_(q_min, q_max)
-        error = levels.mul_(scale).sub_(rows).square_().sum(1, keepdim=True)
-        better = error < best_error
-        best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
-    return best[:, 0].to(x.dtype) if axis is not None else best[0, 0].to(x.dtype)
-
-
-def _sample(x: Tensor) -> Tensor:
-    flat = x.detach().float().flatten()
-    return flat[:: max(1, flat.numel() // SEARCH_SAMPLES)]
-
-
 def minmax_affine(x: Tensor, q_min: int, q_max: int) -> tuple[Tensor, Tensor]:
     """Return scale and offset that map [min, max] of `x` onto the whole range."""
     low, high = x.detach().amin(), x.detach().amax()
@@ -53,7 +30,9 @@ def mse_affine(x: Tensor, q_min: int, q_max: int, steps: int = 16) -> tuple[Tens
     Both ends of the range move inwards on a grid of `steps`, down to a fifth of the width; LSQ+
     (sec. 3.2) asks for this minimum and leaves the search open.
     """
-    flat = _sample(x)
+    flat = x.detach().float().flatten()
+    stride = max(1, flat.numel() // SEARCH_SAMPLES)
+    flat = flat[::stride]
     low, high = flat.amin(), flat.amax()
     width = high - low
     best_error, best = torch.tensor(float("inf")), minmax_affine(x, q_min, q_max)

@@ -35,9 +35,9 @@ class LSQConfig(MethodConfig):
         False, description="Learn an offset for the inputs (LSQ+); auto then takes the unsigned range."
     )
     offset_init: Literal["mse", "minmax"] = Field("mse", description="How scale and offset of LSQ+ inputs start.")
-    init: Literal["lsq", "minmax", "mse"] = Field(
+    init: Literal["lsq", "minmax"] = Field(
         "lsq",
-        description="Initial steps: the paper's, made for training; the whole range; or the least squared error.",
+        description="Initial steps: the paper's, made for training; or the whole range, better at 8 bits without.",
     )
     narrow_range: bool = Field(False, description="Symmetric signed range.")
     matmuls: bool = Field(False, description="Quantize both operands of attention's matrix products too.")

@@ -22,7 +22,7 @@ from eff_quant_kit.layers import (
     quant_layers,
     replace_module,
 )
-from eff_quant_kit.observers import minmax_symmetric, mse_symmetric
+from eff_quant_kit.observers import minmax_symmetric
 from eff_quant_kit.quantizer import Quantizer
 from eff_quant_lsq.config import LSQConfig
 from eff_quant_lsq.initial import gradient_scale, lsq_plus_input, lsq_plus_weight_step, lsq_step
@@ -113,17 +113,9 @@ def _prepare_weights(model: nn.Module, config: LSQConfig, run: Run) -> None:
 def _weight_step(weight: Tensor, quantizer: Quantizer, config: LSQConfig) -> Tensor:
     if config.init == "minmax":
         return minmax_symmetric(weight, quantizer.q_max, quantizer.axis)
-    if config.init == "mse":
-        return mse_symmetric(weight, quantizer.q_min, quantizer.q_max, quantizer.axis)
     if config.offset:
         return lsq_plus_weight_step(weight, quantizer.bits, quantizer.axis)
     return lsq_step(weight, quantizer.q_max, quantizer.axis)
-
-
-def _input_step(x: Tensor, quantizer: Quantizer, config: LSQConfig) -> Tensor:
-    if config.init == "mse":
-        return mse_symmetric(x, quantizer.q_min, quantizer.q_max)
-    return (minmax_symmetric if config.init == "minmax" else lsq_step)(x, quantizer.q_max)
 
 
 def _initialise_inputs(model: nn.Module, config: LSQConfig, structure: dict[str, Any], run: Run, batch: Any) -> None:
@@ -143,7 +135,8 @@ def _initialise_inputs(model: nn.Module, config: LSQConfig, structure: dict[str,
             scale, offset = lsq_plus_input(x, quantizer.q_min, quantizer.q_max, config.offset_init)
             at_floor = quantizer.set_scale(scale, offset)
         else:
-            at_floor = quantizer.set_scale(_input_step(x, quantizer, config))
+            whole = config.init == "minmax"
+            at_floor = quantizer.set_scale((minmax_symmetric if whole else lsq_step)(x, quantizer.q_max))
         if at_floor:
             run.warn(f"{PLUGIN}: {quantizer.name}: the first batch is constant here; its step starts at the floor")
 
