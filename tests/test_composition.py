@@ -67,6 +67,20 @@ def test_a_chain_that_cannot_work_is_refused_with_its_reason(names, source, reas
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folded_restoration_network_is_quantized_in_a_second_run(tmp_path):
+    photos = ("deanet:tiny", "eff_restore_kit.samples:scenes")
+    apply(recipe("restore_deanet", photos, train=TrainOptions(epochs=0)), tmp_path / "folded")
+    again = (str(tmp_path / "folded"), photos[1])
+    report = apply(recipe("quant_lsq", again, train=TrainOptions(epochs=0)), tmp_path / "quantized")
+    assert report.after.metrics.values["mean_weight_bits"].value < 5
+    found = evaluate(UseRequest(str(tmp_path / "quantized"), device="cpu"))
+    assert found.metrics.values["psnr"] == report.after.metrics.values["psnr"]
+    distilled = recipe("quant_lsq", again)
+    use = MethodUse(name="quant_lsq", options={"distill": True})
+    with pytest.raises(EffError, match="distill=true needs a classifier; this model's task is restoration"):
+        apply(distilled.model_copy(update={"methods": (use,)}), tmp_path / "distilled")
+
+
 def test_clients_of_an_adapted_model_send_only_what_it_trains(tmp_path):
     report = apply(recipe("peft_paca,fl_fedspeed", VIT), tmp_path / "run")
     trained = report.after.metrics.values["trainable_parameters"].value

@@ -1,6 +1,8 @@
 """The command line: help, exit codes, where output goes, and all faults of a request at once."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from typer.main import get_command
@@ -199,3 +201,20 @@ def test_options_are_typed_by_the_schema(install, method_code):
     given = split_assignments(["names=a,b", "level=null"], ["quant_made"])["quant_made"]
     config = check_config("quant_made", config_type, given)
     assert config.names == ("a", "b") and config.level is None
+
+
+def test_a_model_in_the_working_folder_is_found(tmp_path):
+    (tmp_path / "my_network.py").write_text(
+        "from torch import nn\ndef make(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 4))\n"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        "from eff.cli import main; import sys; sys.path = [p for p in sys.path if p]; main()",
+    ]
+    done = subprocess.run(
+        [*command, "train", "my_network:make", "--data", DATA, "--epochs", "0", "--out", "run"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "model.pt").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -14,6 +15,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; errors of eff become one line on stderr and their exit code."""
     from eff.errors import EffError
 
+    if (here := os.getcwd()) not in sys.path:  # for package.module:factory; last, so that nothing installed is hidden
+        sys.path.append(here)
     try:
         app(args=list(arguments) if arguments is not None else None)
     except EffError as error:

@@ -60,6 +60,7 @@ class FedSpeed(FederatedMethod[FedSpeedConfig]):
                 "README gives 87.31 / 86.33 / 85.39 / 82.26 % from iid to heterogeneous clients."
             ),
             unit="% accuracy",
+            units={"ratio": ""},
             seeds=(0, 1, 2, 3, 4),
             minutes=3,
         ),

@@ -52,7 +52,10 @@ def bench_kernels(
     target = resolve_device(device)
     if explain:
         for name in [op] if op else OPS:
-            choice = choose(target, torch.float32)
+            try:
+                choice = choose(target, torch.float32)
+            except ValueError as error:  # EFF_KERNELS asks for what there is not
+                raise RequestError(str(error)) from error
             typer.echo(f"{name}: {choice.path} ({choice.reason})")
         return
     rows = [row for name in ([op] if op else OPS) for row in OPS[name](target, size)]

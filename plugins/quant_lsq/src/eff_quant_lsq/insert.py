@@ -91,6 +91,7 @@ def _quantized(
 
 def _prepare_weights(model: nn.Module, config: LSQConfig, run: Run) -> None:
     """Set the gradient scale of every weight step and, unless restoring, its initial value."""
+    at_floor = []
     for layer in quant_layers(model).values():
         quantizer = layer.weight_quantizer
         if quantizer is None:
@@ -101,9 +102,12 @@ def _prepare_weights(model: nn.Module, config: LSQConfig, run: Run) -> None:
         if not run.restoring:
             step = _weight_step(weight, quantizer, config)
             if quantizer.set_scale(step):
-                run.warn(
-                    f"{PLUGIN}: {quantizer.name}: the weights are all zero (in a channel); its step starts at the floor"
-                )
+                at_floor.append(quantizer.name)
+    if at_floor:
+        others = f" and {len(at_floor) - 1} others" if len(at_floor) > 1 else ""
+        run.warn(
+            f"{PLUGIN}: {at_floor[0]}{others}: weights are all zero (in a channel); their steps start at the floor"
+        )
 
 
 def _weight_step(weight: Tensor, quantizer: Quantizer, config: LSQConfig) -> Tensor:

@@ -34,6 +34,7 @@ class LSQ(Method[LSQConfig]):
         paper="arXiv:1902.08153",
         url="https://arxiv.org/abs/1902.08153",
         needs=("train_data",),
+        tasks=("any",),
         formats=("packed", "onnx"),
         composes_with=(
             "distillation",
@@ -81,8 +82,11 @@ class LSQ(Method[LSQConfig]):
     @hookimpl
     def transform(self, model: nn.Module, run: Run) -> nn.Module:
         """Put quantizers before convolutions and linear layers and initialise them."""
+        from eff.errors import RequestError
         from eff_quant_lsq.insert import insert_quantizers, keep_teacher
 
+        if self.config.distill and not hasattr(run.task.options, "classes"):
+            raise RequestError(f"quant_lsq: distill=true needs a classifier; this model's task is {run.task.name}")
         if self.config.distill and run.training:
             self.teacher = keep_teacher(model)
         return insert_quantizers(model, self.config, self.structure, run)

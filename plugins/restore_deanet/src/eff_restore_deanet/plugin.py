@@ -53,6 +53,7 @@ class DEANet(Method[DEANetConfig]):
             ),
             paper="SOTS-indoor PSNR 41.31 dB, SSIM 0.9945 (DEA-Net-CR); 3.653 M parameters after folding.",
             unit="dB PSNR",
+            units={"error": "", "weights": ""},
             seeds=(0, 1, 2),
             minutes=7,
         ),
