@@ -44,12 +44,23 @@ class Chosen:
 
 
 class Plugins:
-    """One run's plugin manager with typed access to what the plugins add."""
+    """One run's plugin manager with typed access to what the plugins add.
 
-    def __init__(self, chosen: Sequence[Chosen] = (), extensions: Sequence[tuple[str, Extension]] | None = None):
+    Args:
+        chosen: the methods of the run.
+        extensions: always-on plugins; None loads them.
+        replayed: methods that made the model in earlier runs; what cannot be done in one run may follow in another.
+    """
+
+    def __init__(
+        self,
+        chosen: Sequence[Chosen] = (),
+        extensions: Sequence[tuple[str, Extension]] | None = None,
+        replayed: Sequence[Chosen] = (),
+    ):
         from eff.defaults import Defaults
 
-        self.chosen = tuple(chosen)
+        self.chosen = (*replayed, *chosen)
         self.broken: list[str] = []
         if extensions is None:
             extensions, broken = load_extensions()
@@ -77,7 +88,7 @@ class Plugins:
             self.manager.check_pending()
         except pluggy.PluginValidationError as error:
             raise PluginError(f"{error.plugin}: {str(error).splitlines()[0]}") from error
-        self._check_conflicts()
+        self._check_conflicts(chosen)
 
     @property
     def structural(self) -> tuple[Chosen, ...]:
@@ -89,22 +100,22 @@ class Plugins:
         """The hook callers of this run."""
         return self.manager.hook
 
-    def _check_conflicts(self) -> None:
+    def _check_conflicts(self, chosen: Sequence[Chosen]) -> None:
         problems: list[RequestError] = []
+        names = [item.name for item in chosen]
         for hook in ("build_model", "train_step"):
             providers = [
                 impl.plugin_name
                 for impl in getattr(self.hook, hook).get_hookimpls()
-                if not impl.wrapper and not impl.hookwrapper and impl.plugin_name != DEFAULT
+                if not impl.wrapper
+                and not impl.hookwrapper
+                and (impl.plugin_name in names or (hook == "train_step" and impl.plugin_name.startswith("extension:")))
             ]
-            if hook == "build_model":
-                providers = [name for name in providers if not name.startswith("extension:")]
             if len(providers) > 1:
                 problems.append(PluginError(f"{' and '.join(sorted(providers))} both provide {hook}; use one of them"))
         problems += _taken_twice([(item.name, item.method.card.formats) for item in self.chosen], "export format")
         problems += _taken_twice([(name, extension.schemes) for name, extension in self.extensions], "model source")
-        names = [item.name for item in self.chosen]
-        for item in self.chosen:
+        for item in chosen:
             for other in names:
                 if other != item.name and any(_matches(other, rule) for rule in item.method.card.conflicts_with):
                     problems.append(

@@ -102,7 +102,8 @@ def evaluate(
         run.folder, run.keeps_files = out, True
     # The methods that made the model also have something to say of it.
     names = [item.name for item in plugins.chosen]
-    again = Plugins([*(item for item in opened.applied if item.name not in names), *plugins.chosen], plugins.extensions)
+    replayed = [item for item in opened.applied if item.name not in names]
+    again = Plugins(plugins.chosen, plugins.extensions, replayed)
     seed_everything(request.seed, "evaluate")
     measured = measure(opened.model, run, again, opened.file_bytes)
     if out is not None:
@@ -139,7 +140,7 @@ def export_model(
     log = log or Log()
     extensions = Plugins().extensions
     opened, run = _open(request, Plugins((), extensions), log, needs_data=False)
-    plugins = Plugins(opened.applied, extensions)
+    plugins = Plugins((), extensions, opened.applied)
     known = plugins.export_formats()
     for name in formats:
         if name not in known:
