@@ -124,6 +124,14 @@ def _layers(model: nn.Module, who: str) -> dict[str, nn.Module]:
     layers: dict[str, nn.Module] = {}
     seen: dict[int, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
+        is_computed = (
+            parametrize.is_parametrized(module) or hasattr(module, "weight_g") or hasattr(module, "weight_orig")
+        )
+        if is_computed and isinstance(module, (nn.Conv2d, nn.Linear)):  # parametrized, it is of another class
+            raise UnsupportedModelError(
+                f"{who}: the weight of '{name}' is computed (weight or spectral norm, pruning), so its slices are not "
+                "nested; remove the parametrization first"
+            )
         if type(module) not in (nn.Conv2d, nn.Linear, *_NORMS):
             continue
         for parameter in module.parameters(recurse=False):
@@ -133,11 +141,6 @@ def _layers(model: nn.Module, who: str) -> dict[str, nn.Module]:
                     "give each its own"
                 )
             seen[id(parameter)] = name
-        if parametrize.is_parametrized(module) or hasattr(module, "weight_g") or hasattr(module, "weight_orig"):
-            raise UnsupportedModelError(
-                f"{who}: the weight of '{name}' is computed (weight or spectral norm, pruning), so its slices are not "
-                "nested; remove the parametrization first"
-            )
         layers[name] = module
     return layers
 

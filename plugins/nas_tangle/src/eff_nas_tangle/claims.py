@@ -41,7 +41,14 @@ SEARCHES = {
 }
 RANDOM = 20
 ALONE = CORE_TRAINING.model_copy(
-    update={"optimizer": "adam", "lr": 3e-3, "epochs": 15, "weight_decay": 5e-4, "schedule": "constant", "augment": False}
+    update={
+        "optimizer": "adam",
+        "lr": 3e-3,
+        "epochs": 15,
+        "weight_decay": 5e-4,
+        "schedule": "constant",
+        "augment": False,
+    }
 )
 LAYER = Size()
 

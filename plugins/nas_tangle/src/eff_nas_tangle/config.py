@@ -37,7 +37,9 @@ class TangleConfig(MethodConfig):
     crop: Literal["center", "corner"] = Field(
         "center", description="Where small kernels are cut out; corner is the code's first version, for mixing=output."
     )
-    train_portion: float = Field(0.5, gt=0, lt=1, description="Share of the training data for weights; rest: architecture.")
+    train_portion: float = Field(
+        0.5, gt=0, lt=1, description="Share of the training data for weights; rest: architecture."
+    )
     lr: float = Field(3e-4, ge=0, description="Learning rate of the weights (Adam, betas 0.9 and 0.995).")
     wd: float = Field(5e-4, ge=0, description="Weight decay of the weights.")
     epochs: int = Field(100, ge=0, description="Search epochs.")

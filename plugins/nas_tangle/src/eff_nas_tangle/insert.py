@@ -59,7 +59,9 @@ def _check_run(run: Run) -> None:
     if distributed.processes() > 1:
         raise RequestError(f"{NAME} searches in one process; leave out --devices")
     if run.precision == "fp16":
-        raise RequestError(f"{NAME}: fp16 scales the loss, and the architecture's gradients with it; use --precision bf16")
+        raise RequestError(
+            f"{NAME}: fp16 scales the loss, and the architecture's gradients with it; use --precision bf16"
+        )
 
 
 def _space_options(config: TangleConfig) -> SpaceOptions:

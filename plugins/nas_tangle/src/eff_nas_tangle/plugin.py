@@ -55,7 +55,8 @@ class TangleNAS(Method[TangleConfig]):
                 "Abstract: better performance and any-time behaviour of gradient methods on entangled spaces at the same "
                 "memory; no figure is quoted."
             ),
-            unit="% error, ratios",
+            unit="%",
+            units={"3": "x", "27": "x", "difference": "", "better_than_random": ""},
             seeds=(0, 1, 2, 3, 4),
             minutes=5,
         ),
