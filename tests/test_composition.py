@@ -54,6 +54,9 @@ REFUSED = [
     ("peft_paca,quant_lsq", VIT, "would cut off its training; name that method before peft_paca"),
     ("quant_lsq,restore_deanet", CNN, "restore_deanet conflicts with quant_lsq"),
     ("fl_fedspeed,peft_paca", VIT, "name the federated method last"),
+    ("nas_tangle,peft_paca", CNN, "nas_tangle conflicts with peft_paca"),
+    ("nas_tangle,fl_fedspeed", CNN, "nas_tangle conflicts with fl_fedspeed"),
+    ("quant_lsq,nas_tangle", CNN, "nas_tangle conflicts with quant_lsq"),
     ("fl_fedspeed,train_adamp", CNN, "name the federated method last"),
     ("quant_lsq,quant_lsq", CNN, "quant_lsq is named twice"),
 ]

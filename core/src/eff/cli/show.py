@@ -62,7 +62,7 @@ def metric_text(metric: Metric | None) -> str:
         return "-"
     if metric.unit == "B":
         return size_text(int(metric.value))
-    if not metric.unit and metric.value.is_integer() and abs(metric.value) >= 1000:  # a count
+    if not metric.unit and metric.value.is_integer() and abs(metric.value) >= 100:  # a count
         return f"{int(metric.value):,}"
     number = f"{metric.value:.2f}" if abs(metric.value) >= 1 or metric.value == 0 else f"{metric.value:.3g}"
     return f"{number} {metric.unit}".rstrip()
