@@ -21,6 +21,11 @@ class MadeConfig(MethodConfig):
 class Made(Method[MadeConfig]):
     card = Card(title="T", authors=("A",), venue="V", year=2020, paper="none", url="none", needs={needs}, tasks={tasks})
 
+    def check(self, model, run):
+        from eff.errors import ModelError
+        if {refuses}:
+            raise ModelError("eval_made: cannot measure this")
+
     @hookimpl
     def evaluate(self, model, data, run):
         from eff.schemas import Metric, Metrics
@@ -34,8 +39,9 @@ class Made(Method[MadeConfig]):
 
 @pytest.fixture
 def measurer(install):
-    def make(needs=("test_data",), tasks=("classification",), file="samples.csv", then="pass"):
-        install("eval_made", MEASURER.format(needs=needs, tasks=tasks, file=file, then=then))
+    def make(needs=("test_data",), tasks=("classification",), file="samples.csv", then="pass", refuses=False):
+        code = MEASURER.format(needs=needs, tasks=tasks, file=file, then=then, refuses=refuses)
+        install("eval_made", code)
         return (MethodUse(name="eval_made"),)
 
     return make
@@ -128,3 +134,12 @@ def test_output_is_refused_where_no_folder_is(tmp_path):
     run = Run(NoTask(NoOptions()), torch.device("cpu"))
     with pytest.raises(PluginError, match="ask run.keeps_files before run.output"), run.output("a.csv", "csv"):
         pass
+
+
+def test_a_model_that_a_method_cannot_measure_is_refused_before_anything_is_written(recipe, measurer, tmp_path):
+    uses = measurer(refuses=True)
+    with pytest.raises(RequestError, match="cannot measure this"):
+        apply(recipe.model_copy(update={"methods": uses}), tmp_path / "run")
+    with pytest.raises(RequestError, match="cannot measure this"):
+        evaluate(UseRequest(MODEL, data=DATA, device="cpu"), uses, out=tmp_path / "kept")
+    assert not (tmp_path / "run").exists() and not (tmp_path / "kept").exists()

@@ -154,6 +154,13 @@ class Method(Generic[ConfigT]):
         """Return optimiser options that differ for one parameter, e.g. `{"weight_decay": 0.0}`."""
         return {}
 
+    def check(self, model: nn.Module, run: Run) -> None:
+        """Raise a RequestError where the method cannot work on this model and data; nothing is written yet.
+
+        For what only the opened model tells and `transform`, which comes before anything is written, does
+        not: methods that only measure.
+        """
+
     def step_count(self, run: Run) -> int | None:
         """Return how many steps the training has, where a step is not one batch of core's loader.
 

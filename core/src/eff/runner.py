@@ -285,6 +285,8 @@ class _Execution:
             make_deterministic()
         opened = self._open()
         run = self._make_run(opened)
+        for item in plan.chosen:
+            item.method.check(opened.model, run)
         first = distributed.is_first()
         before = None
         if plan.changes and first and (opened.file_bytes is not None or plan.chosen):

@@ -97,6 +97,7 @@ def evaluate(
             raise RequestError(
                 f"{item.name} is for {', '.join(item.method.card.tasks)}, the model's task is {opened.task.name}"
             )
+        item.method.check(opened.model, run)
     if out is not None:
         make_output_folder(out)
         run.folder, run.keeps_files = out, True
