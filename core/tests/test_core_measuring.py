@@ -9,7 +9,7 @@ from eff.run import Run
 from eff.runner import apply, make_plan
 from eff.schemas import MethodUse, Recipe, Report, TrainOptions
 from eff.tasks import NoOptions, NoTask
-from eff.testing.samples import MODEL
+from eff.testing.samples import DATA, MODEL
 from eff.use import UseRequest, evaluate
 
 MEASURER = """
