@@ -17,6 +17,7 @@ FEW_CLIENTS = {"rounds": 2, "n_clients": 4, "active_ratio": 0.5, "local_epochs":
 OPTIONS = {
     "fl_fedspeed": FEW_CLIENTS,
     "peft_paca": {"r": 4},
+    "eval_filter_db": {"figures": False},
 }
 
 
@@ -34,6 +35,7 @@ WORKS = [
     ("quant_lsq,fl_fedspeed", CNN, ("mean_weight_bits", "sharpness")),
     ("quant_lsq,peft_paca", VIT, ("mean_weight_bits", "trainable_parameters")),
     ("quant_lsq,train_adamp", CNN, ("mean_weight_bits", "weight_norm")),
+    ("quant_lsq,eval_filter_db", CNN, ("mean_weight_bits", "filter_variance_entropy")),
     ("peft_paca,fl_fedspeed", VIT, ("trainable_parameters", "sharpness")),
     ("peft_paca,train_adamp", VIT, ("trainable_parameters", "weight_norm")),
 ]

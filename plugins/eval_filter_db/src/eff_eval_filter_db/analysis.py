@@ -177,7 +177,9 @@ def _drift_from_copies(own: list[Layer], copies: list[Layer], config: FilterDBCo
 def _values(found: Analysis, own_basis: Basis, again: Drift) -> dict[str, Metric]:
     rows = [row for row in found.table if row["model"] == found.measured]
     means = {key: mean_of(rows, key) for key in _AVERAGED}
-    flagged = {flag: sum(flag in row["flags"].split(", ") for row in rows) for flag in ("sparse", "random", "low diversity")}
+    flagged = {
+        flag: sum(flag in row["flags"].split(", ") for row in rows) for flag in ("sparse", "random", "low diversity")
+    }
     values: dict[str, float | None] = {
         "filters": sum(row["filters"] for row in rows),
         "filter_layers": len(rows),

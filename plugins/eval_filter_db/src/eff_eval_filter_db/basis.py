@@ -1,8 +1,8 @@
 """The common basis: PCA of peak-scaled filters by streaming moments (Gavrikov and Keuper, 2022, sec. 3).
 
-    f' = f / max |f|                                     a zero filter stays zero
-    C = E[(f' - m)(f' - m)^T] = B^T diag(v) B            rows of B: eigen-filters
-    c = (f' - m) B^T,  a_i = v_i / sum v                 coefficients, explained variance ratios
+f' = f / max |f|                                     a zero filter stays zero
+C = E[(f' - m)(f' - m)^T] = B^T diag(v) B            rows of B: eigen-filters
+c = (f' - m) B^T,  a_i = v_i / sum v                 coefficients, explained variance ratios
 """
 
 from __future__ import annotations

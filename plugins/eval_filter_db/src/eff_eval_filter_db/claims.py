@@ -52,6 +52,8 @@ def _one_seed(seed: int) -> dict[str, float]:
     changes = [scores["normal"][i].entropy - scores["untrained"][i].entropy for i in compared]
     sparsity = {name: _mean([quality.sparsity for quality in scores[name]]) for name in SETTINGS}
     clean = {name: _mean([quality.clean_entropy or 0.0 for quality in scores[name]]) for name in SETTINGS}
+    # Entropy grows with the number of filters; over T(n) networks of different width can be compared.
+    over_noise = {name: _mean([quality.normalised_entropy or 0.0 for quality in scores[name]]) for name in SETTINGS}
     return {
         "untrained_entropy_minus_threshold": min(_above_noise(quality) for quality in scores["untrained"]),
         "untrained_sparsity": sparsity["untrained"],
@@ -62,6 +64,7 @@ def _one_seed(seed: int) -> dict[str, float]:
         "drift_ratio_trained_untrained": drift["normal", "untrained"] / between_seeds,
         **{f"{name}_sparsity": sparsity[name] for name in ("normal", "wide", "shuffled", "adversarial")},
         **{f"{name}_clean_entropy": clean[name] for name in SETTINGS},
+        **{f"{name}_normalised_entropy": over_noise[name] for name in SETTINGS},
         **{f"drift_normal_{name}": drift["normal", name] for name in ("wide", "shuffled", "adversarial", "untrained")},
     }
 

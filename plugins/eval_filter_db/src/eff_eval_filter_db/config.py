@@ -15,7 +15,10 @@ class FilterDBConfig(MethodConfig):
     """Options of eval_filter_db; the defaults are the paper's where it states one."""
 
     kernel: int = Field(
-        PAPER_KERNEL, ge=2, le=31, description="Side of the filters; T(n), and so the flag 'random', is known for 3 only."
+        PAPER_KERNEL,
+        ge=2,
+        le=31,
+        description="Side of the filters; T(n), and so the flag 'random', is known for 3 only.",
     )
     others: tuple[str, ...] = Field(
         (),

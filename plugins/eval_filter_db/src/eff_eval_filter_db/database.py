@@ -41,7 +41,9 @@ def write_database(path: Path, layers: Sequence[Layer], kernel: int) -> None:
         for layer in layers:
             out_channel, in_channel = np.divmod(np.arange(layer.count, dtype=np.int32), layer.shape[1])
             constant = (layer.model, layer.tag, layer.task, layer.name, layer.index, layer.depth, layer.groups)
-            columns = [pa.repeat(pa.scalar(value, schema.field(i).type), layer.count) for i, value in enumerate(constant)]
+            columns = [
+                pa.repeat(pa.scalar(value, schema.field(i).type), layer.count) for i, value in enumerate(constant)
+            ]
             weights = layer.rows("float64" if wide else "float32")
             columns += [pa.array(out_channel), pa.array(in_channel), *(pa.array(column) for column in weights.T)]
             writer.write_table(pa.table(columns, schema), row_group_size=layer.count)
@@ -75,7 +77,9 @@ def _layer(path: Path, file: pq.ParquetFile, group: int, kernel: int) -> Layer:
     first, last = (table.slice(row, 1).to_pylist()[0] for row in (0, table.num_rows - 1))
     shape = (last["out_channel"] + 1, last["in_channel"] + 1)
     if shape[0] * shape[1] != table.num_rows:
-        raise ModelError(f"eval_filter_db: {path}: row group {group} is not one whole layer; use the file as it was written")
+        raise ModelError(
+            f"eval_filter_db: {path}: row group {group} is not one whole layer; use the file as it was written"
+        )
     return Layer(
         first["model"], first["layer"], first["conv"], first["depth"], shape, first["groups"],
         partial(_read, path, group, shape, kernel), first["tag"], first["task"],

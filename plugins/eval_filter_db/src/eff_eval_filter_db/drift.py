@@ -136,9 +136,7 @@ def draw(count: int, total: int, rng: np.random.Generator) -> Array:
     return mask
 
 
-def measure_drift(
-    groups: Mapping[str, Sequence[Layer]], projector: Projector, rng: np.random.Generator
-) -> Drift:
+def measure_drift(groups: Mapping[str, Sequence[Layer]], projector: Projector, rng: np.random.Generator) -> Drift:
     """Return the distances between groups.
 
     Args:
@@ -193,6 +191,8 @@ def density_curves(layers: Sequence[Layer], projector: Projector) -> tuple[Array
     deviation = np.sqrt((counts * (places - mean) ** 2).sum(axis=1) / np.maximum(total[:, 0] - 1, 1))
     bandwidth = np.maximum(deviation * (0.75 * total[:, 0]) ** -0.2, step)
     distance = places[:, None] - places[None, :]
-    kernels = np.exp(-0.5 * (distance / bandwidth[:, None, None]) ** 2) / (bandwidth[:, None, None] * np.sqrt(2 * np.pi))
+    kernels = np.exp(-0.5 * (distance / bandwidth[:, None, None]) ** 2) / (
+        bandwidth[:, None, None] * np.sqrt(2 * np.pi)
+    )
     curves: Array = np.einsum("dxy,dy->dx", kernels, counts / total)
     return places, curves

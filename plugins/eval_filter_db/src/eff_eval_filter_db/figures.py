@@ -146,7 +146,9 @@ def layer_quality(pyplot: Any, found: Analysis) -> Any:
     shown = models[: len(_COLOURS)]
     for model, colour in zip(shown, _COLOURS, strict=False):
         rows = [row for row in found.table if row["model"] == model]
-        strong = {"linewidth": 1.8, "markersize": 5} if model == found.measured else {"linewidth": 1.1, "markersize": 3.5}
+        strong = (
+            {"linewidth": 1.8, "markersize": 5} if model == found.measured else {"linewidth": 1.1, "markersize": 3.5}
+        )
         for axis, key in zip(axes, ("sparsity", "entropy", "orthogonality"), strict=True):
             points = [(row["depth"], row[key]) for row in rows if row[key] is not None]
             label = short(model) if axis is axes[0] else None

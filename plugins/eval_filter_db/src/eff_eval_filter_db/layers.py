@@ -116,7 +116,9 @@ def _layers(found: list[_Found], model: str, kernel: int, what: str) -> list[Lay
         if item.transposed:
             weight = swap_transposed(weight, item.groups or 1)
         out, per_group = weight.shape[:2]
-        layers.append(Layer(model, item.name, index, index / last, (out, per_group), item.groups, partial(_read, weight)))
+        layers.append(
+            Layer(model, item.name, index, index / last, (out, per_group), item.groups, partial(_read, weight))
+        )
     if not layers:
         sizes = Counter(f"{item.weight.shape[2]}x{item.weight.shape[3]}" for item in found)
         there = ", ".join(f"{size} ({count})" for size, count in sizes.most_common())
@@ -141,7 +143,9 @@ def _check_weight(item: _Found, what: str) -> None:
         kind = str(item.weight.dtype).removeprefix("torch.")
         raise UnsupportedModelError(f"{where} is {kind}; give the model with float weights (dequantise first)")
     if not torch.isfinite(item.weight).all():
-        raise UnsupportedModelError(f"{where} holds NaN or infinity; use a checkpoint from before the training diverged")
+        raise UnsupportedModelError(
+            f"{where} holds NaN or infinity; use a checkpoint from before the training diverged"
+        )
 
 
 def swap_transposed(weight: Tensor, groups: int) -> Tensor:
