@@ -6,6 +6,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from torch import nn
+
+from eff.errors import EffError, ModelError, UnsupportedModelError
+from eff.runner import apply
+from eff.schemas import MethodUse, Recipe, TrainOptions
+from eff.testing.samples import DATA, MODEL, TinyCNN
+from eff.use import UseRequest, evaluate
 from eff_eval_filter_db.basis import fit_basis, scale_by_peak
 from eff_eval_filter_db.config import FilterDBConfig
 from eff_eval_filter_db.database import read_database, write_database
@@ -20,16 +30,6 @@ from eff_eval_filter_db.quality import (
     variance_entropy,
 )
 from eff_eval_filter_db.sources import split_tag
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from pydantic import ValidationError
-from torch import nn
-
-from eff.errors import EffError, ModelError, UnsupportedModelError
-from eff.runner import apply
-from eff.schemas import MethodUse, Recipe, TrainOptions
-from eff.testing.samples import DATA, MODEL, TinyCNN
-from eff.use import UseRequest, evaluate
 
 EFF_PLUGIN = "eval_filter_db"
 CONFIG = FilterDBConfig()
