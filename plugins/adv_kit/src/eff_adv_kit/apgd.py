@@ -163,7 +163,7 @@ def for_each_target(
     if hunt.done:
         return
     logits = classifier.logits(hunt.x).scatter(1, hunt.y[:, None], -torch.inf)
-    order, first = logits.argsort(1, descending=True, stable=True), hunt.left
+    order, first = logits.argsort(dim=1, descending=True, stable=True), hunt.left
     position = torch.zeros(len(hunt.all_x), dtype=torch.long, device=first.device)
     position[first] = torch.arange(len(first), device=first.device)
     for rank in range(min(targets, logits.shape[1] - 1)):

@@ -223,13 +223,13 @@ class _SequenceRun:
             with self.log.progress(f"attack {attack.name}", len(batches) * ticks) as advance:
                 for indices in batches:
                     used = 0
+                    note = f"{100 * self.records.robust.mean():.1f} % robust"
 
-                    def tick() -> None:
+                    def tick(note: str = note) -> None:
                         nonlocal used
                         used += 1
                         advance(1, note=note)
 
-                    note = f"{100 * self.records.robust.mean():.1f} % robust"
                     self.classifier.tick = tick
                     try:
                         self._attack_batch(number, attack, indices)

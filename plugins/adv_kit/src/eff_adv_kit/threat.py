@@ -55,7 +55,9 @@ class Threat:
         if self.norm == "linf":
             return gradient.sign()
         # The largest entry is taken out first: squares of gradients below 1e-19 underflow in float32.
-        scaled = gradient / per_sample(gradient.flatten(1).abs().amax(1).clamp(min=torch.finfo(gradient.dtype).tiny), gradient)
+        scaled = gradient / per_sample(
+            gradient.flatten(1).abs().amax(1).clamp(min=torch.finfo(gradient.dtype).tiny), gradient
+        )
         return scaled / per_sample(l2_norm(scaled).clamp(min=_TINY), scaled)
 
     def random_start(self, x: Tensor, draws: Draws, name: str, clamp: bool = True) -> Tensor:

@@ -1,7 +1,7 @@
 """Training on adversarial images: PGD-AT (Madry et al., ICLR 2018) and TRADES (Zhang et al., ICML 2019).
 
-    PGD-AT   min E max_{x'} L(f(x'), y)
-    TRADES   min E [ L(f(x), y) + beta max_{x'} KL(p(x) || p(x')) ]
+PGD-AT   min E max_{x'} L(f(x'), y)
+TRADES   min E [ L(f(x), y) + beta max_{x'} KL(p(x) || p(x')) ]
 """
 
 from __future__ import annotations

@@ -9,7 +9,18 @@ from pydantic import model_validator
 from eff.method import Field, MethodConfig
 
 AttackName = Literal[
-    "pma", "pgd_ce", "pgd_margin", "pgd_dlr", "pgd_mifpe", "pgd_pm", "apgd_ce", "apgd_dlr", "apgd_t", "fab_t", "square", "noise"
+    "pma",
+    "pgd_ce",
+    "pgd_margin",
+    "pgd_dlr",
+    "pgd_mifpe",
+    "pgd_pm",
+    "apgd_ce",
+    "apgd_dlr",
+    "apgd_t",
+    "fab_t",
+    "square",
+    "noise",
 ]
 PRESETS: dict[str, tuple[AttackName, ...]] = {
     "pma": ("pma",),
@@ -22,7 +33,8 @@ class PMAConfig(MethodConfig):
     """Options of adv_pma; the defaults are the paper's code's."""
 
     preset: Literal["pma", "pma_plus", "aa_style", "custom"] = Field(
-        "pma", description="The attack alone, with APGD-T on the survivors (PMA+), or as AutoAttack does with PMA first."
+        "pma",
+        description="The attack alone, with APGD-T on the survivors (PMA+), or as AutoAttack does with PMA first.",
     )
     sequence: tuple[AttackName, ...] = Field(
         (), description="Attacks in order, each on the survivors of those before; for preset=custom."
@@ -56,7 +68,9 @@ class PMAConfig(MethodConfig):
         if (self.preset == "custom") != bool(self.sequence):
             raise ValueError("sequence belongs to preset=custom: give both, or neither")
         if self.schedule == "decomposed" and self.loss not in ("pm", "margin"):
-            raise ValueError(f"loss={self.loss} has no two terms to decompose; use schedule=plain, or loss pm or margin")
+            raise ValueError(
+                f"loss={self.loss} has no two terms to decompose; use schedule=plain, or loss pm or margin"
+            )
         return self
 
     @property

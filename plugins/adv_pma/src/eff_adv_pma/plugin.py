@@ -26,7 +26,11 @@ class PMAttack(Method[PMAConfig]):
         paper="arXiv:2411.15210",
         url="https://arxiv.org/abs/2411.15210",
         needs=("test_data",),
-        composes_with=("robust training", "quantized and pruned models (straight-through gradients)", "federated training"),
+        composes_with=(
+            "robust training",
+            "quantized and pruned models (straight-through gradients)",
+            "federated training",
+        ),
         notes="Changes nothing. The exact list of the paper's second ensemble is not known; aa_style is AutoAttack's with PMA first.",
     )
     sample: ClassVar = Sample(
