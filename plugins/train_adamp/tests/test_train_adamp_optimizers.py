@@ -141,6 +141,22 @@ def test_the_projection_is_orthogonal_per_row_and_blind_to_the_scale_of_the_weig
     torch.testing.assert_close(again, projected, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("shape", [(3, 16), (2, 4, 5, 5)])
+@pytest.mark.parametrize(("share", "expected"), [(0.99, True), (1.01, False)])
+def test_the_threshold_is_delta_over_the_root_of_the_row_length(shape, share, expected):
+    """Row 0 has a cosine of `share` times the threshold, the others 0; the largest decides, not the mean."""
+    generator = torch.Generator().manual_seed(6)
+    w, g = (torch.randn(shape[0], math.prod(shape[1:]), generator=generator, dtype=torch.float64) for _ in range(2))
+    g -= w * (w * g).sum(1, keepdim=True) / w.square().sum(1, keepdim=True)
+    cosine = share * 0.1 / math.sqrt(w.shape[1])
+    across, along = g[0] / g[0].norm(), w[0] / w[0].norm()
+    g[0] = cosine * along + math.sqrt(1 - cosine**2) * across
+    found = detect([w.reshape(shape)], [g.reshape(shape)], 0.1, 1e-8)
+    assert found.channel.item() is expected
+    whole = detect([w[:1].reshape(1, *shape[1:])], [g[:1].reshape(1, *shape[1:])], 0.1, 1e-8)
+    assert (whole.channel | whole.layer).item() is expected  # one row: both views are the same
+
+
 @settings(max_examples=40, deadline=None)
 @given(shape=st.sampled_from([(2, 6), (5, 3, 2), (4, 2, 3, 3)]), seed=st.integers(0, 2**16), lean=st.floats(0.3, 3.0))
 def test_a_gradient_that_is_orthogonal_only_as_a_whole_is_projected_as_a_whole(shape, seed, lean):
