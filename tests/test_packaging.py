@@ -72,12 +72,6 @@ def test_the_import_rules_know_every_package():
     assert known == {"eff", *(f"eff_{folder.name}" for folder in PACKAGES[1:])}
 
 
-def test_the_catalogue_lists_every_method():
-    """`python docs/make_catalogue.py` writes it."""
-    catalogue = (ROOT / "docs" / "catalogue.md").read_text(encoding="utf-8")
-    assert {name for name in registry.SHIPPED if f"**{name}**" in catalogue} == set(registry.SHIPPED)
-
-
 def test_the_readme_says_where_every_package_is():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     missing = [folder.name for folder in PACKAGES[1:] if f"plugins/{folder.name}/" not in readme]

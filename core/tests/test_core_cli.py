@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from typing import Annotated
 
 import pytest
 from typer.main import get_command
@@ -10,6 +11,8 @@ from typer.main import get_command
 from eff import registry
 from eff.cli import main
 from eff.cli.app import app
+from eff.errors import ConfigError
+from eff.method import Field, MethodConfig
 from eff.options import check_config, split_assignments
 from eff.schemas import DataSpec
 from eff.testing.samples import DATA, MODEL
@@ -90,6 +93,21 @@ def test_all_wrong_options_are_reported_together_with_suggestions(capsys, instal
     assert "quant_made: option 'strenght' is unknown; did you mean 'strength'?" in err
     assert "quant_made: strength must be between 1 and 9, got 12" in err
     assert not (tmp_path / "x").exists()
+
+
+def test_bounds_that_are_left_out_are_said_to_be():
+    class Bounded(MethodConfig):
+        share: float = Field(0.5, ge=0, lt=1)
+        width: float = Field(1.0, gt=0)
+        pair: tuple[Annotated[float, Field(lt=1)], ...] = (0.5,)
+
+    for options, message in (
+        ({"share": 1}, "share must be at least 0 and below 1, got 1"),
+        ({"width": 0}, "width must be above 0, got 0"),
+        ({"pair": [1.0]}, "pair must be below 1.0, got 1.0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check_config("quant_made", Bounded, options)
 
 
 def test_an_unknown_plugin_exits_with_2(capsys):

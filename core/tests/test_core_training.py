@@ -100,6 +100,17 @@ def test_wrong_options_of_the_optimizer_are_refused_before_anything_is_opened(re
         make_plan(with_training(recipe, optimizer="adam", optimizer_options=options))
 
 
+def test_options_of_an_optimizer_go_with_it():
+    """Over the same optimizer they add up; naming another one leaves those of the first behind."""
+    base = TrainOptions(optimizer="adam", optimizer_options={"betas": [0.5, 0.9], "eps": 1e-6})
+    more = TrainOptions(optimizer_options={"eps": 1e-4}).over(base)
+    assert more.optimizer_options == {"betas": [0.5, 0.9], "eps": 1e-4}
+    assert TrainOptions(optimizer="adam").over(base).optimizer_options == base.optimizer_options
+    assert TrainOptions(optimizer="sgd").over(base).optimizer_options is None
+    other = TrainOptions(optimizer="sgd", optimizer_options={"nesterov": True}).over(base)
+    assert other.optimizer_options == {"nesterov": True}
+
+
 def test_accumulated_batches_give_the_step_of_the_big_batch(recipe, tmp_path, install, method_code, weights):
     """Without batch statistics and augmentation the sum over parts is the same sum; 256 samples, 2 steps of 128."""
     code = """

@@ -104,24 +104,27 @@ def _say(key: str, fault: Any, fields: Mapping[str, Any]) -> str:
         return f"option '{key}' is unknown{did_you_mean(key, fields) or f'; known: {known}'}"
     found = fault.get("input")
     context = fault.get("ctx", {})
-    low, high = _range(fields.get(key))
     if fault["type"] in ("greater_than_equal", "greater_than", "less_than_equal", "less_than"):
-        if low is not None and high is not None:
-            return f"{key} must be between {low} and {high}, got {found}"
-        bound = "at least" if low is not None else "at most"
-        return f"{key} must be {bound} {low if low is not None else high}, got {found}"
+        # Of an entry of a tuple only the bound that it broke is known.
+        bounds = _range(fields.get(key)) or {name: context[name] for name in _BOUNDS if name in context}
+        if set(bounds) == {"ge", "le"}:
+            return f"{key} must be between {bounds['ge']} and {bounds['le']}, got {found}"
+        return (
+            f"{key} must be {' and '.join(f'{_BOUNDS[name]} {value}' for name, value in bounds.items())}, got {found}"
+        )
     if "error" in context:  # a validator of the plugin
         return f"{key + ': ' if key else ''}{context['error']}"
     message = str(fault["msg"])
     return f"{key}: {message[0].lower()}{message[1:]}, got {found!r}"
 
 
-def _range(field: Any) -> tuple[Any, Any]:
-    low = high = None
-    for item in getattr(field, "metadata", ()):
-        low = getattr(item, "ge", getattr(item, "gt", low))
-        high = getattr(item, "le", getattr(item, "lt", high))
-    return low, high
+_BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+
+
+def _range(field: Any) -> dict[str, Any]:
+    """Return the bounds of a field, the lower one first."""
+    metadata = getattr(field, "metadata", ())
+    return {name: getattr(item, name) for name in _BOUNDS for item in metadata if hasattr(item, name)}
 
 
 def option_rows(config_type: type[MethodConfig]) -> list[dict[str, str]]:

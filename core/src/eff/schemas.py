@@ -107,8 +107,17 @@ class TrainOptions(Schema):
     checkpoint_every: int | None = Field(None, ge=1, description="Steps between checkpoints; unset: each epoch.")
 
     def over(self, base: TrainOptions) -> TrainOptions:
-        """Return `base` with every field that is set here put over it."""
-        return base.model_copy(update=self.model_dump(exclude_none=True))
+        """Return `base` with every field that is set here put over it.
+
+        `optimizer_options` belong to their optimizer: they are put over those of `base` one by one, or, where another
+        optimizer is named here, instead of them.
+        """
+        changes = self.model_dump(exclude_none=True)
+        if self.optimizer in (None, base.optimizer):
+            options = (base.optimizer_options or {}) | (self.optimizer_options or {})
+        else:
+            options = self.optimizer_options or {}
+        return base.model_copy(update={**changes, "optimizer_options": options or None})
 
 
 CORE_TRAINING = TrainOptions(

@@ -1,9 +1,10 @@
-"""Time of one optimizer step: AdamP over AdamW, SGDP over SGD (foreach and fused), and over the reference code.
+"""Time of one optimizer step: AdamP over AdamW, SGDP over SGD (foreach and fused), over a plain loop and the reference.
 
     python plugins/train_adamp/benchmarks/step_time.py [--model zoo:vit_tiny] [--compile] [--json]
 
-Random gradients, interleaved steps, medians; only `optimizer.step()` is timed. The reference is the package
-`adamp` (clovaai/AdamP), left out where it is not installed.
+Random gradients, interleaved steps, medians; only `optimizer.step()` is timed. The plain loop takes one tensor after
+another and decides on the host. The reference is the package `adamp` (clovaai/AdamP), left out where it is not
+installed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from eff.models import build_model, make_task, parse_source
 from eff.run import Run
@@ -29,6 +30,58 @@ _ADAM = {"lr": 1e-3, "weight_decay": 1e-2}
 _SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
 
 
+class Loop(torch.optim.Optimizer):
+    """What the equations say, tensor by tensor."""
+
+    def __init__(self, params: list[nn.Parameter]):
+        super().__init__(params, {})
+        self.count = 0
+        self.first = [torch.zeros_like(parameter) for parameter in params]
+        self.second = [torch.zeros_like(parameter) for parameter in params]
+
+    @torch.no_grad()
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        """Do one step."""
+        self.count += 1
+        for parameter, first, second in zip(self.param_groups[0]["params"], self.first, self.second, strict=True):
+            update, rate, decay = self.update(parameter.grad, first, second)
+            ratio = 1.0
+            for rows in (len(parameter), 1) if parameter.ndim > 1 else ():
+                w, g = parameter.reshape(rows, -1), parameter.grad.reshape(rows, -1)
+                if torch.cosine_similarity(g, w).abs().max() < 0.1 / w.shape[1] ** 0.5:
+                    n = w / (w.norm(dim=1, keepdim=True) + 1e-8)
+                    flat = update.view(rows, -1)
+                    flat -= n * (n * flat).sum(1, keepdim=True)
+                    ratio = 0.1
+                    break
+            parameter.mul_(1 - decay * ratio).sub_(update, alpha=rate)
+
+    def update(self, g: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, float, float]:
+        """Return the update, the step size and the decay."""
+        raise NotImplementedError
+
+
+class LoopAdamP(Loop):
+    """AdamP."""
+
+    def update(self, g: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, float, float]:
+        """Return the update, the step size and the decay."""
+        lr, decay, (b1, b2) = _ADAM["lr"], _ADAM["weight_decay"], (0.9, 0.999)
+        first.mul_(b1).add_(g, alpha=1 - b1)
+        second.mul_(b2).addcmul_(g, g, value=1 - b2)
+        denominator = second.sqrt().div_((1 - b2**self.count) ** 0.5).add_(1e-8)
+        return first / denominator, lr / (1 - b1**self.count), lr * decay
+
+
+class LoopSGDP(Loop):
+    """SGDP."""
+
+    def update(self, g: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, float, float]:
+        """Return the update, the step size and the decay."""
+        lr, decay, momentum = _SGD["lr"], _SGD["weight_decay"], _SGD["momentum"]
+        return first.mul_(momentum).add_(g), lr, lr * decay / (1 - momentum)
+
+
 def makers() -> dict[str, Maker]:
     """Return the optimizers to time."""
     made: dict[str, Maker] = {
@@ -38,6 +91,8 @@ def makers() -> dict[str, Maker]:
         "sgdp": lambda p: SGDP(p, **_SGD),
         "sgd_foreach": lambda p: torch.optim.SGD(p, foreach=True, **_SGD),
         "sgd_fused": lambda p: torch.optim.SGD(p, fused=True, **_SGD),
+        "adamp_loop": LoopAdamP,
+        "sgdp_loop": LoopSGDP,
     }
     try:
         import adamp
@@ -83,7 +138,7 @@ def main() -> None:
 
 def _compares(left: str, right: str) -> bool:
     ours = ("adamp", "adamp_compiled") if left.startswith("adam") else ("sgdp", "sgdp_compiled")
-    peers = ("adamw", "adamp_reference") if left.startswith("adam") else ("sgd_", "sgdp_reference")
+    peers = ("adamw", "adamp_loop", "adamp_ref") if left.startswith("adam") else ("sgd_", "sgdp_loop", "sgdp_ref")
     return left in ours and right.startswith(peers)
 
 

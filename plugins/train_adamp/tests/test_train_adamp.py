@@ -74,9 +74,27 @@ def test_adamp_trains_under_lsq(tmp_path):
     assert plain.training.steps == named.training.steps
 
 
+def test_a_run_with_another_optimizer_is_followed_and_says_so(tmp_path):
+    """AdamP's options are not passed to it; the table says what would have been projected."""
+    log = Log()
+    report = apply(recipe("train_adamp", optimizer="sgd", lr=0.05), tmp_path / "sgd", log=log)
+    assert report.after.metrics.tables["optimizer_layers"][0]["projected_by_channel"] == 1.0
+    assert any("this run trains with sgd, not with adamp, and is only followed" in line for line in log.warnings)
+    chain = Log()
+    apply(recipe("train_adamp", "quant_lsq"), tmp_path / "chain", log=chain)
+    assert any("or name train_adamp last" in line for line in chain.warnings)
+    own = Log()
+    apply(recipe("train_adamp"), tmp_path / "own", log=own)
+    assert not any("train_adamp" in line for line in own.warnings)
+
+
+def test_options_by_name_go_over_the_methods(tmp_path):
+    plan = make_plan(recipe("train_adamp", options={"nesterov": True}, optimizer_options={"wd_ratio": 1.0}))
+    assert plan.train.optimizer_options["nesterov"] is True and plan.train.optimizer_options["wd_ratio"] == 1.0
+
+
 def test_accumulated_batches_give_the_step_of_the_big_batch(tmp_path):
-    """The samples' model has batch norm, whose statistics are those of each part; here it is in its first layer only."""
-    torch.manual_seed(0)
+    """On a network without batch norm, whose statistics would be those of each part."""
     fields = {"epochs": 2, "augment": False, "lr": 0.01}
     for name, size, parts in (("big", 128, 1), ("parts", 32, 4)):
         uses = {"options": {}, "batch_size": size, "accumulate": parts, **fields}
@@ -139,24 +157,32 @@ def test_the_track_measures_the_effective_step():
     assert row["effective_step_last_third"] == pytest.approx(2**0.5)  # a quarter turn
     assert row["cosine_of_successive"] == pytest.approx(0.0, abs=1e-6)
     assert (row["norm_before"], row["norm_after"], row["projected_by_channel"]) == (3.0, 5.0, 1.0)
+    track.add(model, track.weights(model), epoch=0, delta=0.1, eps=1e-8)  # stands still: the cosine is 1
+    (row,) = track.table()
+    assert row["cosine_of_successive"] == pytest.approx(0.5, abs=1e-6)
+    assert row["effective_step_last_third"] == pytest.approx(2**0.5 / 2)
+    assert row["projected_by_channel"] == 0.5  # now the gradient is along the weight
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"optimizer": "sgdp", "lr": 0.1, "momentum": 1.0}, "momentum"),
-        ({"lr": -0.1}, "lr"),
-        ({"weight_decay": -1}, "weight_decay"),
-        ({"delta": 0}, "delta"),
-        ({"wd_ratio": 2}, "wd_ratio"),
+        ({"optimizer": "sgdp", "lr": 0.1, "momentum": 1.0}, "momentum must be at least 0 and below 1, got 1.0"),
+        ({"optimizer": "sgdp", "lr": 0.1, "dampening": 2}, "dampening must be between 0 and 1, got 2"),
+        ({"lr": -0.1}, "lr must be above 0, got -0.1"),
+        ({"weight_decay": -1}, "weight_decay must be at least 0, got -1"),
+        ({"delta": 0}, "delta must be above 0, got 0"),
+        ({"eps": 0}, "eps must be above 0, got 0"),
+        ({"betas": [0.9, 1.0]}, "betas must be below 1.0, got 1.0"),
+        ({"wd_ratio": 2}, "wd_ratio must be between 0 and 1, got 2"),
         ({"optimizer": "sgdp"}, "sgdp has no default learning rate; set lr, e.g. -o lr=0.05"),
         ({"momentum": 0.9}, "momentum is an option of sgdp; leave it out, or use -o optimizer=sgdp"),
     ],
 )
 def test_wrong_options_are_refused_with_their_name(options, message, tmp_path):
-    with pytest.raises(RequestError, match=message) as caught:
+    with pytest.raises(ConfigError, match=message) as caught:
         apply(recipe("train_adamp", options=options), tmp_path / "run")
-    assert isinstance(caught.value, ConfigError) or "train_adamp" in str(caught.value)
+    assert str(caught.value).startswith("train_adamp: ") and "\n" not in str(caught.value)
     assert caught.value.exit_code == 2 and not (tmp_path / "run").exists()
 
 
@@ -165,8 +191,17 @@ def test_the_configuration_refuses_unknown_options():
         AdamPConfig(beta=0.9)
 
 
-def test_a_gradient_that_is_not_finite_names_the_models_parameter(tmp_path):
-    asked = recipe("train_adamp").model_copy(update={"model": f"{__name__}:broken"})
+def test_options_of_the_optimizer_by_name_are_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(
+        RequestError, match="optimizer 'sgdp' refuses its options: delta must be above 0, got 0"
+    ) as caught:
+        apply(recipe("quant_lsq", optimizer="sgdp", optimizer_options={"delta": 0}), tmp_path / "run")
+    assert caught.value.exit_code == 2 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("names", [("train_adamp",), ()], ids=["the method", "the optimizer by name"])
+def test_a_gradient_that_is_not_finite_names_the_models_parameter(names, tmp_path):
+    asked = recipe(*names, optimizer="adamp").model_copy(update={"model": f"{__name__}:broken"})
     with pytest.raises(EffError, match="the gradient of '1.weight' holds NaN or infinity"):
         apply(asked, tmp_path / "run")
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shutil
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
+from eff_train_adamp import optimizers
 from eff_train_adamp.optimizers import SGDP, AdamP, GradientError
 from eff_train_adamp.projection import detect, remove_radial_
 
+no_compiler = shutil.which("g++") is None and shutil.which("clang++") is None
 SHAPES = ((4, 3, 3, 3), (4,), (5, 36), (5,), (7, 2))
 
 
@@ -138,6 +141,78 @@ def test_the_projection_is_orthogonal_per_row_and_blind_to_the_scale_of_the_weig
     torch.testing.assert_close(again, projected, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("shape", [(3, 16), (2, 4, 5, 5)])
+@pytest.mark.parametrize(("share", "expected"), [(0.99, True), (1.01, False)])
+def test_the_threshold_is_delta_over_the_root_of_the_row_length(shape, share, expected):
+    """Row 0 has a cosine of `share` times the threshold, the others 0; the largest decides, not the mean."""
+    generator = torch.Generator().manual_seed(6)
+    w, g = (torch.randn(shape[0], math.prod(shape[1:]), generator=generator, dtype=torch.float64) for _ in range(2))
+    g -= w * (w * g).sum(1, keepdim=True) / w.square().sum(1, keepdim=True)
+    cosine = share * 0.1 / math.sqrt(w.shape[1])
+    across, along = g[0] / g[0].norm(), w[0] / w[0].norm()
+    g[0] = cosine * along + math.sqrt(1 - cosine**2) * across
+    found = detect([w.reshape(shape)], [g.reshape(shape)], 0.1, 1e-8)
+    assert found.channel.item() is expected
+    whole = detect([w[:1].reshape(1, *shape[1:])], [g[:1].reshape(1, *shape[1:])], 0.1, 1e-8)
+    assert (whole.channel | whole.layer).item() is expected  # one row: both views are the same
+
+
+@settings(max_examples=40, deadline=None)
+@given(shape=st.sampled_from([(2, 6), (5, 3, 2), (4, 2, 3, 3)]), seed=st.integers(0, 2**16), lean=st.floats(0.3, 3.0))
+def test_a_gradient_that_is_orthogonal_only_as_a_whole_is_projected_as_a_whole(shape, seed, lean):
+    """The first row leans to its weight, the last one leans back: no row by itself is scale invariant."""
+    generator = torch.Generator().manual_seed(seed)
+    w, u = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    rows = w.reshape(shape[0], -1)
+    g = torch.zeros_like(rows)
+    g[0], g[-1] = lean * rows[0] / rows[0].square().sum(), -lean * rows[-1] / rows[-1].square().sum()
+    found = detect([w], [g.reshape(shape)], 0.1, 1e-30)
+    assert (found.channel.item(), found.layer.item()) == (False, True)
+    projected = u.clone()
+    remove_radial_([projected], [w], found, 1e-30)
+    assert abs(float((projected * w).sum())) <= 1e-12 * float(u.norm() * w.norm())
+    torch.testing.assert_close(projected, u - w * (u * w).sum() / w.square().sum(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("kind", "make", "options"), CASES)
+def test_all_tensors_together_step_as_each_by_itself(kind, make, options, monkeypatch):
+    """Also where the CPU takes them in portions: what stands beside a tensor never matters."""
+    generator = torch.Generator().manual_seed(3)
+    start = [torch.randn(shape, generator=generator) for shape in SHAPES]
+    together, single, portions = ([nn.Parameter(value.clone()) for value in start] for _ in range(3))
+    of_single = [make([parameter], **options) for parameter in single]
+    of_together, of_portions = make(together, **options), make(portions, **options)
+    for index in range(6):
+        gradients = gradients_for(together, generator, radial=float(index % 2))
+        for params in (together, single, portions):
+            for parameter, gradient in zip(params, gradients, strict=True):
+                parameter.grad = gradient.clone()
+        of_together.step()
+        for optimizer in of_single:
+            optimizer.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(optimizers, "CPU_PORTION", 50)
+            of_portions.step()
+    for a, b, c in zip(together, single, portions, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+@pytest.mark.parametrize(("kind", "make", "options"), CASES)
+def test_steps_equal_those_of_the_published_package(kind, make, options):
+    reference = pytest.importorskip("adamp", reason="comparing with the reference code needs the package adamp")
+    generator = torch.Generator().manual_seed(4)
+    ours = [nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64)) for shape in SHAPES]
+    theirs = [nn.Parameter(parameter.detach().clone()) for parameter in ours]
+    steps = make(ours, **options), getattr(reference, make.__name__)(theirs, **options)
+    for index in range(20):
+        for a, b, gradient in zip(ours, theirs, gradients_for(ours, generator, float(index % 2)), strict=True):
+            a.grad, b.grad = gradient, gradient.clone()
+        for optimizer in steps:
+            optimizer.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
 def train(optimizer_of, steps=6, seed=0):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
@@ -163,6 +238,27 @@ def test_where_nothing_is_projected_they_are_torchs_adamw_and_sgd():
     ours, _, _ = train(lambda p: SGDP(p, lr=0.05, momentum=0.9, delta=1e-30))
     theirs, _, _ = train(lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9))
     close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "torchs", "options"),
+    [
+        (AdamP, torch.optim.Adam, {"lr": 0.01}),
+        (AdamP, torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1, "betas": (0.8, 0.95)}),
+        (SGDP, torch.optim.SGD, {"lr": 0.05}),
+        (SGDP, torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "nesterov": True}),
+    ],
+)
+def test_weights_of_one_dimension_step_as_in_torch(make, torchs, options):
+    generator = torch.Generator().manual_seed(5)
+    weights = [nn.Parameter(torch.ones(7, dtype=torch.float64)) for _ in range(2)]
+    ours, theirs = make(weights[:1], **options), torchs(weights[1:], **options)
+    for _ in range(20):
+        weights[0].grad = torch.randn(7, generator=generator, dtype=torch.float64)
+        weights[1].grad = weights[0].grad.clone()
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-12, atol=1e-13)
 
 
 def test_a_weight_before_batch_norm_is_projected_and_stays_shorter():
@@ -206,6 +302,35 @@ def test_a_compiled_step_equals_the_plain_one_and_compiles_once(make):
     assert counter.frame_count <= 3, "the step is compiled anew every time"
 
 
+@pytest.mark.parametrize("make", [AdamP, lambda p, lr, **decay: SGDP(p, lr=lr, momentum=0.9, **decay)])
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "eager",
+        pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.skipif(no_compiler, reason="no C++ compiler")]),
+    ],
+)
+def test_a_compiled_step_follows_a_rate_that_is_a_number(make, backend):
+    """Inductor of torch 2.13 decayed weights of one dimension with a stale rate where the graph held the number."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    generator = torch.Generator().manual_seed(2)
+    start = [torch.randn(shape, generator=generator) for shape in SHAPES]
+    plain, compiled = ([nn.Parameter(value.clone()) for value in start] for _ in range(2))
+    both = [make(params, lr=0.01, weight_decay=0.1) for params in (plain, compiled)]
+    steps = [both[0].step, torch.compile(both[1].step, backend=backend)]
+    for index in range(6):
+        for left, right in zip(plain, compiled, strict=True):
+            left.grad = torch.randn(left.shape, generator=generator)
+            right.grad = left.grad.clone()
+        for optimizer, step in zip(both, steps, strict=True):
+            optimizer.param_groups[0]["lr"] = 0.01 / (index + 1)
+            step()
+    for left, right in zip(plain, compiled, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=2e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3, "the step is compiled anew for every rate"
+
+
 def test_a_model_that_is_compiled_trains_the_same():
     torch._dynamo.reset()
     plain, _, (x, y) = train(lambda p: AdamP(p, lr=0.01), steps=4)
@@ -233,21 +358,23 @@ def test_channels_last_weights_step_as_contiguous_ones():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(dtype):
-    """A row of 4096 products of 8 overflows float16 and drowns in bfloat16 if summed there."""
+    """The product of weight and momentum, 4096 times 64, is infinite in float16; projected, only the gradient stays."""
     weight = nn.Parameter(torch.full((2, 4096), 8.0, dtype=dtype))
     weight.grad = torch.full((2, 4096), 8.0, dtype=dtype)
     weight.grad[:, ::2] *= -1  # orthogonal
-    optimizer = SGDP([weight], lr=0.5, momentum=0.0)
+    optimizer = SGDP([weight], lr=0.5, momentum=0.5)
+    optimizer.state[weight]["momentum"] = torch.full_like(weight, 8.0)
     optimizer.step()
     expected = 8.0 - 0.5 * weight.grad.float()
     torch.testing.assert_close(weight.detach().float(), expected, rtol=1e-2, atol=1e-2)
     assert weight.dtype == dtype
 
 
-def test_a_weight_of_zeros_stays_finite():
+@pytest.mark.parametrize("make", [AdamP, SGDP])
+def test_a_weight_of_zeros_stays_finite(make):
     weight = nn.Parameter(torch.zeros(3, 4))
     weight.grad = torch.ones(3, 4)
-    optimizer = AdamP([weight], lr=0.1, weight_decay=0.1)
+    optimizer = make([weight], lr=0.1, weight_decay=0.1)
     optimizer.step()
     torch.testing.assert_close(weight.detach(), torch.full((3, 4), -0.1))
 

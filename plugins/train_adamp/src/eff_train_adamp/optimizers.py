@@ -110,7 +110,7 @@ class AdamP(_Projected):
 
     Args:
         params: parameters, named parameters or groups.
-        lr: learning rate; a tensor where the step is compiled and the rate changes.
+        lr: learning rate, a number or a tensor.
         betas: decay of the first and second moment, in [0, 1).
         eps: added to the root of the second moment; smallest norm in the projection.
         weight_decay: decoupled, >= 0.
@@ -364,7 +364,14 @@ def _subtract_(params: list[Tensor], updates: list[Tensor], sizes: list[Any]) ->
 
 
 def _rate(lr: float | Tensor) -> float | Tensor:
-    return lr.item() if isinstance(lr, Tensor) and not torch.compiler.is_compiling() else lr
+    """Return the rate as a number; compiled, as a tensor.
+
+    A graph with the number itself is made anew for each rate, or, by inductor in torch 2.13, computes the decay of
+    one-dimensional weights with a stale one.
+    """
+    if torch.compiler.is_compiling():
+        return lr if isinstance(lr, Tensor) else lr * torch.ones((), dtype=torch.float64)
+    return lr.item() if isinstance(lr, Tensor) else lr
 
 
 def _apply(function: Callable[..., None], lists: list[list[Tensor]], options: dict[str, Any]) -> None:

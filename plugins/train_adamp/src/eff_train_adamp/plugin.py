@@ -18,12 +18,25 @@ if TYPE_CHECKING:
 
 
 class ProjectedOptimizers(Extension):
-    """Makes `--optimizer adamp` and `--optimizer sgdp` available to every run that trains."""
+    """Makes `--optimizer adamp` and `--optimizer sgdp` available to every run; names the parameter of a bad gradient."""
 
     optimizers: ClassVar = {
         "adamp": "eff_train_adamp.optimizers:AdamP",
         "sgdp": "eff_train_adamp.optimizers:SGDP",
     }
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: Step) -> Generator[None, StepResult, StepResult]:
+        """Put the model's name of the parameter into the fault: the optimizer only knows its position."""
+        from eff_train_adamp.optimizers import GradientError
+
+        try:
+            return (yield)
+        except GradientError as error:
+            for name, parameter in step.module.named_parameters():
+                if parameter is error.parameter:
+                    raise error.of(name) from error
+            raise
 
 
 class ProjectedTraining(Method[AdamPConfig]):
@@ -120,18 +133,14 @@ class ProjectedTraining(Method[AdamPConfig]):
 
     @hookimpl(wrapper=True)
     def train_step(self, step: Step) -> Generator[None, StepResult, StepResult]:
-        """Let the step be done, look at the weights before and after; name the parameter of a bad gradient."""
-        from eff_train_adamp.optimizers import GradientError
+        """Let the step be done; look at the weights before and after."""
         from eff_train_adamp.tracking import Track
 
         if self.track is None:
             self.track = Track.of(step.module)
+            self._warn_of_another_optimizer(step.run)
         before = self.track.weights(step.module) if self.config.track and step.last_of_step else None
-        try:
-            result = yield
-        except GradientError as error:
-            names = [name for name, parameter in step.module.named_parameters() if parameter is error.parameter]
-            raise error.of(names[0]) if names else error from error
+        result = yield
         if before is not None:
             self.track.add(step.module, before, step.epoch, self.config.delta, self.config.eps)
         return result
@@ -139,8 +148,17 @@ class ProjectedTraining(Method[AdamPConfig]):
     def finish(self, model: nn.Module, run: Run) -> nn.Module:
         """Say how often weights were found scale invariant."""
         if self.track is not None and self.track.epochs:
-            run.log.info(f"{self.config.optimizer}: projected {self.track.projected_share():.0f} % of the updates")
+            verb = "projected" if run.train.optimizer in ProjectedOptimizers.optimizers else "would have projected"
+            run.log.info(f"train_adamp: {verb} {self.track.projected_share():.0f} % of the updates of weights")
         return model
+
+    def _warn_of_another_optimizer(self, run: Run) -> None:
+        own, used = self.config.optimizer, run.train.optimizer
+        if used != own:
+            run.warn(
+                f"train_adamp: this run trains with {used}, not with {own}, and is only followed; leave out --optimizer, "
+                "or name train_adamp last"
+            )
 
     @hookimpl
     def evaluate(self, model: nn.Module, data: Data, run: Run) -> Metrics:

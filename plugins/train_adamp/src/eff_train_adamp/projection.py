@@ -9,7 +9,7 @@ weight with more than one dimension, first with one row per output channel, then
 The test looks at the gradient, the projection acts on the update u. Where neither view passes, u stays.
 
 Many tensors are handled at once: sums over rows are taken per tensor, everything after that on all rows of
-all tensors together, without a decision on the host, so that a device is never waited for.
+all tensors together, without a decision on the host, so that an accelerator is never waited for.
 """
 
 from __future__ import annotations
@@ -77,6 +77,12 @@ def detect(weights: Sequence[Tensor], gradients: Sequence[Tensor], delta: float,
 def remove_radial_(updates: Sequence[Tensor], weights: Sequence[Tensor], found: Detection, eps: float) -> None:
     """Take from each update, in place, its component along the weight where that is scale invariant."""
     rows = found.rows
+    if (
+        updates[0].device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not (found.channel | found.layer).any()
+    ):
+        return  # a CPU is asked at no cost
     products = _row_sums(torch._foreach_mul(list(updates), list(weights)))
     by_channel = products / (found.row_norms + eps).square()
     by_layer = _per_tensor(products, rows, "sum") / (found.layer_norms + eps).square()

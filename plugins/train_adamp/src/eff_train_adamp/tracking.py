@@ -1,7 +1,8 @@
 """Following a training: norms, effective steps and detections, per layer and epoch.
 
 The effective step is how far a step moves the normalised weight, |w'/|w'| - w/|w||: of a weight followed by
-normalisation only this matters. The cosine of successive normalised weights is 1 - step^2 / 2.
+normalisation only this matters. The cosine of successive normalised weights is 1 - step^2 / 2. lr |u| / |w|
+differs from it by the radial part of the step and terms of second order.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from eff.schemas import TableRow
 from eff_train_adamp.projection import detect
 
 _TINY = 1e-12
-_CHANNEL, _LAYER, _STEP, _COUNT = range(4)
+_CHANNEL, _LAYER, _STEP, _SQUARE, _COUNT = range(5)
 
 
 class Track:
@@ -27,7 +28,7 @@ class Track:
         self.first_norms = first_norms
         self.last_norms = first_norms
         self.epochs: dict[int, Tensor] = {}
-        """Per epoch (layers, 4): steps projected by channel, by layer, sum of effective steps, steps."""
+        """Per epoch (layers, 5): steps projected by channel, by layer, sums of effective steps and their squares, steps."""
 
     @classmethod
     def of(cls, model: nn.Module) -> Track:
@@ -55,10 +56,11 @@ class Track:
         old_norms, new_norms = _norms(old), _norms(new)
         scaled = torch._foreach_div(new, list(new_norms.clamp_min(_TINY).unbind()))
         torch._foreach_sub_(scaled, torch._foreach_div(old, list(old_norms.clamp_min(_TINY).unbind())))
+        steps = _norms(list(scaled))
         rows = torch.stack(
-            (found.channel.float(), found.layer.float(), _norms(list(scaled)), torch.ones_like(old_norms)), 1
+            (found.channel.float(), found.layer.float(), steps, steps.square(), torch.ones_like(steps)), 1
         )
-        sums = self.epochs.setdefault(epoch, rows.new_zeros(len(self.names), 4))
+        sums = self.epochs.setdefault(epoch, rows.new_zeros(len(self.names), rows.shape[1]))
         sums[torch.tensor(used, device=rows.device)] += rows
         self.last_norms = _norms(after)
 
@@ -85,7 +87,7 @@ class Track:
                 "norm_after": self.last_norms[index].item(),
                 "effective_step_first_third": early[index].item(),
                 "effective_step_last_third": late[index].item(),
-                "cosine_of_successive": 1.0 - 0.5 * _mean(whole, _STEP)[index].item() ** 2,
+                "cosine_of_successive": 1.0 - 0.5 * _mean(whole, _SQUARE)[index].item(),
             }
             for index, name in enumerate(self.names)
         ]
