@@ -40,7 +40,16 @@ FAMILIES = {
     "train": "optimisers and losses",
     "eval": "analysis and benchmarks",
 }
-SHIPPED = ("adv_pma", "eval_filter_db", "fl_fedspeed", "nas_tangle", "peft_paca", "quant_lsq", "restore_deanet", "train_adamp")
+SHIPPED = (
+    "adv_pma",
+    "eval_filter_db",
+    "fl_fedspeed",
+    "nas_tangle",
+    "peft_paca",
+    "quant_lsq",
+    "restore_deanet",
+    "train_adamp",
+)
 """Methods of this repository, to suggest where one is not installed; a test keeps it complete."""
 
 

@@ -58,7 +58,10 @@ def main() -> None:
             row["clean"] = outcome.clean.robust_accuracy
             row[attack.name] = outcome.last.robust_accuracy
         rows.append(row)
-        print(json.dumps(row) if arguments.json else "  ".join(f"{key} {value:.2f}" for key, value in row.items()), flush=True)
+        print(
+            json.dumps(row) if arguments.json else "  ".join(f"{key} {value:.2f}" for key, value in row.items()),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
