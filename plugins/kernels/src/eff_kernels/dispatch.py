@@ -1,17 +1,22 @@
 """Which implementation of an op runs: one mechanism for all ops.
 
-`EFF_KERNELS` forces a path (reference, cpu, triton); "auto" or unset chooses by device and dtype.
+An op is a package `eff_kernels.<name>` with the modules `reference`, `cpu` and `triton_kernel`, whose functions have the
+same names and arguments. `EFF_KERNELS` forces one (reference, cpu, triton); "auto" or unset chooses by device and dtype.
+Where one of them has several ways (by shape), it chooses itself and says which in the benchmark's `Choice`.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import ModuleType
 
 import torch
 
-PATHS = ("reference", "cpu", "triton")
+MODULES = {"reference": "reference", "cpu": "cpu", "triton": "triton_kernel"}
+PATHS = tuple(MODULES)
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -22,40 +27,67 @@ class Choice:
     path: str
     reason: str
 
+    def by(self, way: str) -> Choice:
+        """Return the choice with the way that the path takes for a shape, e.g. "channels_last convolution"."""
+        return replace(self, reason=f"{self.reason}; {way}")
 
-def choose(device: torch.device, dtype: torch.dtype) -> Choice:
-    """Return the path for a tensor's device and dtype.
 
-    Raises:
-        ValueError: EFF_KERNELS holds an unknown word, or forces triton where no kernel can run.
+@dataclass(frozen=True)
+class Op:
+    """An op of this package.
+
+    Args:
+        name: the package below `eff_kernels`.
+        dtypes: what its Triton kernels take, of the tensor that decides.
     """
-    return _choose(os.environ.get("EFF_KERNELS", "auto"), device.type, dtype)
+
+    name: str
+    dtypes: tuple[torch.dtype, ...] = TRITON_DTYPES
+
+    def choose(self, x: torch.Tensor) -> Choice:
+        """Return the path for the tensor that decides.
+
+        Raises:
+            ValueError: EFF_KERNELS holds an unknown word, or forces triton where no kernel can run.
+        """
+        return _choose(self, os.environ.get("EFF_KERNELS", "auto"), x.device.type, x.dtype)
+
+    def implementation(self, x: torch.Tensor) -> ModuleType:
+        """Return the module that runs for this tensor."""
+        return _module(self.name, self.choose(x).path)
 
 
 @functools.cache
-def _choose(wanted: str, device_type: str, dtype: torch.dtype) -> Choice:
+def _module(name: str, path: str) -> ModuleType:
+    return importlib.import_module(f"eff_kernels.{name}.{MODULES[path]}")
+
+
+@functools.cache
+def _choose(op: Op, wanted: str, device_type: str, dtype: torch.dtype) -> Choice:
     """Return the path for EFF_KERNELS=`wanted`; kept, because ops on small tensors ask every time."""
     if wanted == "triton":
-        _check_triton_can_run(device_type, dtype)
+        _check_triton_can_run(op, device_type, dtype)
     if wanted in PATHS:
         return Choice(wanted, f"EFF_KERNELS={wanted}")
     if wanted != "auto":
         raise ValueError(f"EFF_KERNELS is '{wanted}'; it must be one of auto, {', '.join(PATHS)}")
     if device_type == "cpu":
         return Choice("cpu", "CPU tensor")
-    if device_type == "cuda" and dtype in TRITON_DTYPES:
+    if device_type == "cuda" and dtype in op.dtypes:
         if has_triton():
             return Choice("triton", f"CUDA tensor of {dtype}")
         return Choice("reference", "CUDA tensor, but triton does not import")
-    return Choice("reference", f"no kernel for {dtype} on {device_type}")
+    return Choice("reference", f"no kernel of {op.name} for {dtype} on {device_type}")
 
 
-def _check_triton_can_run(device_type: str, dtype: torch.dtype) -> None:
+def _check_triton_can_run(op: Op, device_type: str, dtype: torch.dtype) -> None:
     """Raise ValueError when a forced Triton kernel would fail with an obscure error."""
     if not has_triton():
         raise ValueError("EFF_KERNELS=triton, but triton is not installed; use auto, reference or cpu")
-    if dtype not in TRITON_DTYPES:
-        raise ValueError(f"EFF_KERNELS=triton, but there is no Triton kernel for {dtype}; use auto or reference")
+    if dtype not in op.dtypes:
+        raise ValueError(
+            f"EFF_KERNELS=triton, but there is no Triton kernel of {op.name} for {dtype}; use auto or reference"
+        )
     if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
             "EFF_KERNELS=triton, but the tensor is on the CPU; set TRITON_INTERPRET=1 to interpret the kernels"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 from collections.abc import Iterator
 from typing import Any
+
+import torch
 
 import eff_kernels
 
@@ -46,3 +49,8 @@ def compile_for(kernel: Any, signature: dict[str, str], constants: dict[str, Any
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
     cubin: bytes = compiled.asm["cubin"]
     return cubin
+
+
+def device() -> torch.device:
+    """Return where kernel cases run: on a GPU with EFF_KERNELS_TEST_DEVICE=cuda, else interpreted on the CPU."""
+    return torch.device(os.environ.get("EFF_KERNELS_TEST_DEVICE", "cpu"))

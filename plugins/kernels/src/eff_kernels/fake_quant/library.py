@@ -3,29 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from eff_kernels.dispatch import choose
+from eff_kernels.dispatch import Op
 
-
-def implementation(x: Tensor) -> ModuleType:
-    """Return the module that runs for this tensor: reference, cpu or triton_kernel."""
-    path = choose(x.device, x.dtype).path
-    if path == "triton":
-        from eff_kernels.fake_quant import triton_kernel
-
-        return triton_kernel
-    if path == "cpu":
-        from eff_kernels.fake_quant import cpu
-
-        return cpu
-    from eff_kernels.fake_quant import reference
-
-    return reference
+OP = Op("fake_quant")
+implementation = OP.implementation
 
 
 @torch.library.custom_op("eff::fake_quant", mutates_args=())

@@ -1,10 +1,13 @@
-"""Triton kernels in the interpreter against the reference; run by test_kernels_triton.py in a process
-of its own, because TRITON_INTERPRET must be set before triton is imported."""
+"""The kernels of fake_quant against the reference, in the interpreter or on a GPU; run by test_kernels_triton.py in a
+process of its own, because TRITON_INTERPRET must be set before triton is imported."""
 
 import pytest
 import torch
 
 from eff_kernels.fake_quant import reference, triton_kernel
+from eff_kernels.testing import device
+
+DEVICE = device()
 
 # float32 sums of up to 5000 terms in another order; half dtypes round the stored values.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -15,6 +18,7 @@ FORWARD = {torch.float32: 1e-6, torch.float16: 1e-6, torch.bfloat16: 2**-7}
 
 
 def compare(x, g, scale, offset, dim):
+    x, g, scale, offset = (value if value is None else value.to(DEVICE) for value in (x, g, scale, offset))
     arguments = (scale, offset, -8, 7, dim)
     torch.testing.assert_close(
         triton_kernel.forward(x, *arguments), reference.forward(x, *arguments), rtol=FORWARD[x.dtype], atol=1e-6
@@ -47,7 +51,7 @@ def test_per_channel(shape, dim, with_offset):
 
 def test_ties_extremes_and_nan():
     x = torch.tensor([0.5, 1.5, -0.5, -1.5, 2.5, 7.0, -8.0, 1e30, -1e30, float("inf"), float("-inf"), float("nan")])
-    found = triton_kernel.forward(x, torch.tensor(1.0), None, -8, 7, -1)
+    found = triton_kernel.forward(x.to(DEVICE), torch.tensor(1.0, device=DEVICE), None, -8, 7, -1)
     assert found[:-1].tolist() == [0, 2, 0, -2, 2, 7, -8, 7, -8, 7, -8]
     assert found[-1].isnan()
 
@@ -59,14 +63,16 @@ def test_non_contiguous_input():
 
 def test_the_reduction_repeats_bit_for_bit():
     generator = torch.Generator().manual_seed(0)
-    x, g = (torch.randn(10_000, generator=generator) for _ in range(2))
-    first, second = (triton_kernel.backward(g, x, torch.tensor(0.1), None, -8, 7, -1)[1] for _ in range(2))
+    x, g = (torch.randn(10_000, generator=generator).to(DEVICE) for _ in range(2))
+    first, second = (
+        triton_kernel.backward(g, x, torch.tensor(0.1, device=DEVICE), None, -8, 7, -1)[1] for _ in range(2)
+    )
     assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("value", [float("nan"), 0.0])
 def test_a_broken_scale_shows_as_nan(value):
-    x, scale = torch.tensor([0.0]), torch.tensor(value)
+    x, scale = torch.tensor([0.0], device=DEVICE), torch.tensor(value, device=DEVICE)
     assert reference.forward(x, scale, None, -8, 7, -1).isnan()
     assert triton_kernel.forward(x, scale, None, -8, 7, -1).isnan()
 
@@ -78,5 +84,6 @@ def test_channels_last_keeps_its_strides_and_values(dim):
     g = torch.randn(2, 3, 4, 5, generator=generator)
     scale = 0.1 + torch.rand(() if dim < 0 else (x.shape[dim],), generator=generator)
     compare(x, g, scale, None, dim)
+    x, g, scale = x.to(DEVICE), g.to(DEVICE), scale.to(DEVICE)
     assert triton_kernel.forward(x, scale, None, -8, 7, dim).stride() == x.stride()
     assert triton_kernel.backward(g, x, scale, None, -8, 7, dim)[0].stride() == x.stride()

@@ -1,0 +1,105 @@
+"""Which path an op takes, and how eff bench-kernels judges what it measures."""
+
+import json
+
+import pytest
+import torch
+
+from eff.cli import main
+from eff_kernels.bench import Case, Row, largest_error, ops, verdict
+from eff_kernels.dispatch import Op
+
+
+def test_an_unknown_path_is_refused(monkeypatch):
+    monkeypatch.setenv("EFF_KERNELS", "fast")
+    with pytest.raises(ValueError, match="EFF_KERNELS is 'fast'; it must be one of auto, reference, cpu, triton"):
+        Op("fake_quant").choose(torch.ones(1))
+
+
+def test_triton_cannot_be_forced_on_a_dtype_without_a_kernel(monkeypatch):
+    monkeypatch.setenv("EFF_KERNELS", "triton")
+    with pytest.raises(
+        ValueError, match=r"EFF_KERNELS=triton, but (triton is not installed|there is no Triton kernel)"
+    ):
+        Op("fake_quant").choose(torch.ones(1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("path", ["reference", "cpu"])
+def test_a_path_can_be_forced(path, monkeypatch):
+    monkeypatch.setenv("EFF_KERNELS", path)
+    op = Op("fake_quant")
+    assert op.choose(torch.ones(1)).reason == f"EFF_KERNELS={path}"
+    assert op.implementation(torch.ones(1)).__name__ == f"eff_kernels.fake_quant.{path}"
+
+
+def rows(ours, **peers):
+    times = {"eff": ours, **peers}
+    return [Row("op", "case", name, time, time / ours, None, None, "cpu", None) for name, time in times.items()]
+
+
+def test_a_slower_path_is_never_called_faster():
+    assert verdict(rows(2.0, a=1.0, b=4.0)) == "slower: 2.00x the time of a"
+    assert verdict(rows(1.0, a=3.0, b=2.0)) == "2.00x faster than b"
+    assert verdict(rows(1.0, a=1.04)) == "as fast as a"
+    assert verdict(rows(1.0)) == ""
+
+
+def test_nan_and_differences_are_errors():
+    right = torch.tensor([1.0, -2.0])
+    assert largest_error(right, right) == 0
+    assert largest_error(torch.tensor([1.0, -1.0]), right) == pytest.approx(0.5)
+    assert largest_error(torch.tensor([1.0, torch.nan]), right) == float("inf")
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """One op with one case: eff doubles, the peer sleeps on it a while, the reference is exact."""
+    x = torch.arange(1000.0)
+
+    def cases(op, device, factor=2.0):
+        slow = [lambda: [x * 2 for _ in range(50)]]
+        choice = Op("fake_quant").choose(x).by("vectorised")
+        return iter([Case("1000 values", [lambda: x * factor], {"loop": slow}, choice, 8000, reference=lambda: x * 2)])
+
+    monkeypatch.setattr("eff_kernels.bench._cases", cases)
+    return lambda factor: monkeypatch.setattr("eff_kernels.bench._cases", lambda op, device: cases(op, device, factor))
+
+
+def run(capsys, *words):
+    """Run the command; return exit code, stdout and stderr."""
+    with pytest.raises(SystemExit) as caught:
+        main(["bench-kernels", *words])
+    out, err = capsys.readouterr()
+    return caught.value.code or 0, out, err
+
+
+def test_every_op_says_which_path_it_takes(capsys):
+    code, out, _ = run(capsys, "--explain")
+    assert code == 0
+    for op in ops():
+        assert f"{op}, " in out
+
+
+def test_the_table_is_json_too(capsys, tmp_path, tiny):
+    code, _, _ = run(capsys, "--op", "fake_quant", "--seconds", "0.01", "--json", "--out", str(tmp_path / "table.json"))
+    assert code == 0
+    found = json.loads((tmp_path / "table.json").read_text())
+    ours, peer = found["rows"]
+    assert ours["implementation"] == "eff" and ours["error"] == 0 and ours["over_ours"] == 1
+    assert peer["implementation"] == "loop" and peer["over_ours"] == peer["milliseconds"] / ours["milliseconds"]
+    assert found["limits"]["copy_gb_s"] > 0
+
+
+def test_a_wrong_result_is_said_and_fails(capsys, tiny):
+    tiny(2.1)
+    code, out, _ = run(capsys, "--op", "fake_quant", "--seconds", "0.01")
+    assert code == 1
+    assert "WRONG" in out and "faster" not in out
+
+
+def test_an_unknown_op_is_suggested_and_a_wrong_path_refused(capsys, monkeypatch):
+    code, _, err = run(capsys, "--op", "fake_qant")
+    assert code == 2 and "fake_quant" in err
+    monkeypatch.setenv("EFF_KERNELS", "fast")
+    code, _, err = run(capsys, "--op", "fake_quant", "--explain")
+    assert code == 2 and "EFF_KERNELS is 'fast'" in err
