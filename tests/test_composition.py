@@ -17,7 +17,7 @@ FEW_CLIENTS = {"rounds": 2, "n_clients": 4, "active_ratio": 0.5, "local_epochs":
 OPTIONS = {
     "fl_fedspeed": FEW_CLIENTS,
     "peft_paca": {"r": 4},
-    "adv_pma": {"steps": 4, "samples": 32, "signs": False},
+    "adv_pma": {"steps": 4, "checks": 0},
     "eval_filter_db": {"figures": False},
 }
 
@@ -38,6 +38,9 @@ WORKS = [
     ("quant_lsq,train_adamp", CNN, ("mean_weight_bits", "weight_norm")),
     ("quant_lsq,eval_filter_db", CNN, ("mean_weight_bits", "filter_variance_entropy")),
     ("quant_lsq,adv_pma", CNN, ("mean_weight_bits", "robust_accuracy")),
+    ("fl_fedspeed,adv_pma", CNN, ("sharpness", "robust_accuracy")),
+    ("peft_paca,adv_pma", VIT, ("trainable_parameters", "robust_accuracy")),
+    ("quant_lsq,fl_fedspeed,adv_pma", CNN, ("mean_weight_bits", "sharpness", "robust_accuracy")),
     ("peft_paca,fl_fedspeed", VIT, ("trainable_parameters", "sharpness")),
     ("peft_paca,train_adamp", VIT, ("trainable_parameters", "weight_norm")),
 ]

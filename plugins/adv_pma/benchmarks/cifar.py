@@ -1,67 +1,79 @@
-"""Robust accuracy of CIFAR-10's ResNet-20 under attacks with equal gradients.
+"""Robust accuracy of a trained CIFAR-10 network under single attacks at equal budgets, and under the ensembles.
 
-    python plugins/adv_pma/benchmarks/cifar.py SHARED [--images 500] [--json]
+    python plugins/adv_pma/benchmarks/cifar.py [--images 500] [--ensembles]
 
-SHARED is the folder with `data/cifar10` and `models/resnet20-*.th`. The network was trained plainly: at 8/255 nothing
-is left of it, so smaller balls are shown too. 20 gradients for each attack; PMA has 2 x 10.
+Needs ../shared/models/resnet20-12fca82f.th and ../shared/data/cifar10/test.parquet.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import time
 from pathlib import Path
 
 import torch
 
-from eff.log import Log, TerminalLog
+from eff.log import TerminalLog
 from eff.models import ModelRequest, open_model
 from eff.run import Run
 from eff.session import Plugins
 from eff_adv_kit.apgd import APGD
+from eff_adv_kit.checks import Subset
 from eff_adv_kit.classifier import attacked
 from eff_adv_kit.hunt import Attack
-from eff_adv_kit.obfuscation import Part
 from eff_adv_kit.pgd import PGD
 from eff_adv_kit.runner import Plan, run_sequence
 from eff_adv_kit.threat import Threat
-from eff_adv_pma.attack import PMA
+from eff_adv_pma.attack import MarginAttack
+from eff_adv_pma.config import PMAConfig
+from eff_adv_pma.sequence import make_sequence
 
-EPSILONS = (0.25, 0.5, 1.0, 8.0)  # of 255
+SHARED = Path(__file__).parents[3] / ".." / "shared"
+EPS = {"0.25/255": 0.25 / 255, "0.5/255": 0.5 / 255, "1/255": 1 / 255, "8/255": 8 / 255}
+ROWS: dict[str, Attack] = {
+    "PGD-CE, 20 steps": PGD("ce", 20),
+    "PGD margin, 20 steps": PGD("margin", 20),
+    "PMA, 2 x 10 steps": MarginAttack("pm", 10),
+    "PGD-CE, 100 steps": PGD("ce", 100),
+    "PGD margin, 100 steps": PGD("margin", 100),
+    "PGD PM, 100 steps": PGD("pm", 100),
+    "APGD-CE, 100 steps": APGD("ce", 100),
+    "MD, 2 x 50 steps": MarginAttack("margin", 50, name="md"),
+    "PMA, 2 x 50 steps": MarginAttack("pm", 50),
+}
 
 
 def main() -> None:
-    """Attack and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shared", type=Path)
+    """Print one row per attack: robust accuracy by eps, gradients per image, seconds."""
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=500)
-    parser.add_argument("--gradients", type=int, default=20)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--ensembles", action="store_true", help="PMA+ and the AA-style sequence instead")
     arguments = parser.parse_args()
-    (weights,) = (arguments.shared / "models").glob("resnet20-*.th")
-    data = f"parquet:{arguments.shared / 'data' / 'cifar10'}?train=10&seed=0"
-    opened = open_model(ModelRequest(str(weights), "zoo:cifar_resnet20", data), Plugins(), TerminalLog())
-    assert opened.data is not None
-    run = Run(opened.task, torch.device("cpu"), data=opened.data)
-    split = Part(opened.data.split("test"), range(arguments.images))
-    count = arguments.gradients
-    attacks: list[Attack] = [
-        PGD("ce", count), PGD("margin", count), APGD("ce", count), PMA("margin", count // 2), PMA("pm", count // 2),
-    ]  # fmt: skip
-    rows = []
-    for eps in EPSILONS:
-        row: dict[str, float] = {"eps_255": eps}
-        for attack in attacks:
+    log = TerminalLog()
+    opened = open_model(
+        ModelRequest(
+            str(SHARED / "models" / "resnet20-12fca82f.th"), "zoo:cifar_resnet20",
+            str(SHARED / "data" / "cifar10" / "test.parquet"),
+        ),
+        Plugins(), log,
+    )  # fmt: skip
+    run = Run(opened.task, torch.device("cpu"), data=opened.data, log=log)
+    split = Subset(run.split("test"), range(arguments.images))
+    rows: dict[str, list[Attack]] = {name: [attack] for name, attack in ROWS.items()}
+    if arguments.ensembles:
+        presets = {name: PMAConfig(preset=name, queries=1000) for name in ("pma", "pma_plus", "aa_style")}
+        rows = {name: make_sequence(config, 10) for name, config in presets.items()}
+    print(f"| attack | {' | '.join(EPS)} | gradients per image | s |")
+    print(f"| --- |{' --- |' * (len(EPS) + 2)}")
+    for name, attacks in rows.items():
+        started, gradients, cells = time.monotonic(), 0, []
+        for eps in EPS.values():
             with attacked(opened.model, run) as classifier:
-                plan = Plan(Threat("linf", eps / 255), [attack], 250)
-                outcome = run_sequence(classifier, split, plan, run.device, Log())
-            row["clean"] = outcome.clean.robust_accuracy
-            row[attack.name] = outcome.last.robust_accuracy
-        rows.append(row)
-        print(
-            json.dumps(row) if arguments.json else "  ".join(f"{key} {value:.2f}" for key, value in row.items()),
-            flush=True,
-        )
+                outcome = run_sequence(classifier, split, Plan(Threat("linf", eps), attacks), run.device, log)
+                gradients += classifier.gradients
+            cells.append(f"{outcome.last.robust_accuracy:.1f}")
+        seconds = time.monotonic() - started
+        print(f"| {name} | {' | '.join(cells)} | {gradients / arguments.images:.0f} | {seconds:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

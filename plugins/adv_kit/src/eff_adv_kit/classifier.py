@@ -39,22 +39,27 @@ class Classifier:
         self.tick: Callable[[], None] = lambda: None
         """Called at every gradient or query of an attack; progress hangs here."""
 
-    def _logits(self, x: Tensor) -> Tensor:
+    def _once(self, x: Tensor) -> Tensor:
+        """Return the logits of one forward pass."""
         if self.eight_bit:
             x = x + ((x * 255).round() / 255 - x).detach()
-        total = self._forward(x)
-        for _ in range(self.eot - 1):
-            total = total + self._forward(x)
-        self.forwards += self.eot * len(x)
-        logits = (total / self.eot).to(x.dtype)  # half precision would tie small differences
+        logits = self._forward(x).to(x.dtype)  # half precision would tie small differences
+        self.forwards += len(x)
+        if logits.ndim != 2:
+            raise UnsupportedModelError(
+                f"the model returns a tensor of shape {tuple(logits.shape)}; attacks need logits (N, classes)"
+            )
         if not bool(torch.isfinite(logits.detach()).all()):
             raise RunError("the model returned NaN or infinite logits; attacks need finite ones")
         return logits
 
     def logits(self, x: Tensor) -> Tensor:
-        """Return logits (N, K) without a gradient."""
+        """Return logits (N, K) without a gradient, averaged over `eot` passes."""
         with torch.no_grad():
-            return self._logits(x)
+            total = self._once(x)
+            for _ in range(self.eot - 1):
+                total = total + self._once(x)
+            return total / self.eot
 
     def query(self, x: Tensor) -> Tensor:
         """Return logits (N, K); one step of an attack that needs no gradient."""
@@ -64,17 +69,25 @@ class Classifier:
     def gradient(self, x: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
         """Return logits (N, K) and the gradient of each sample's objective in its image.
 
-        The gradient is 0 where none flows back (a model cut off by rounding) and where it is not finite.
+        Both are averaged over `eot` passes. The gradient is 0 where none flows back (a model cut off by
+        rounding) and where it is not finite.
         """
         self.tick()
         self.gradients += self.eot * len(x)
-        image = x.detach().requires_grad_(True)
+        logits, gradient = self._one_gradient(x, objective)
+        for _ in range(self.eot - 1):
+            more_logits, more_gradient = self._one_gradient(x, objective)
+            logits, gradient = logits + more_logits, gradient + more_gradient
+        return logits / self.eot, gradient / self.eot
+
+    def _one_gradient(self, x: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
-            logits = self._logits(image)
+            image = x.detach().requires_grad_(True)
+            logits = self._once(image)
             if not logits.requires_grad:
                 return logits, torch.zeros_like(x)
             total = objective(logits).sum()
-            (gradient,) = torch.autograd.grad(total, image, allow_unused=True)
+            gradient = torch.autograd.grad(total, image, allow_unused=True)[0] if total.requires_grad else None
         if gradient is None:
             return logits.detach(), torch.zeros_like(x)
         return logits.detach(), gradient.nan_to_num(0.0, 0.0, 0.0)
@@ -82,14 +95,18 @@ class Classifier:
 
 @contextmanager
 def attacked(model: nn.Module, run: Run, eot: int = 1, eight_bit: bool = False) -> Iterator[Classifier]:
-    """Give `model` as a `Classifier`: in eval mode and with frozen weights, all put back at the end."""
+    """Give `model` as a `Classifier`: in eval mode and with frozen weights, all put back at the end.
+
+    Inside, gradients work also where the caller has switched them off.
+    """
     modes = {module: module.training for module in model.modules()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()
     for parameter in trained:
         parameter.requires_grad_(False)  # no gradients of weights: half the backward pass
     try:
-        yield Classifier(lambda image: run.forward(model, {"image": image}), eot, eight_bit)
+        with torch.inference_mode(False), torch.enable_grad():
+            yield Classifier(lambda image: run.forward(model, {"image": image}), eot, eight_bit)
     finally:
         for module, training in modes.items():
             module.training = training
@@ -97,17 +114,11 @@ def attacked(model: nn.Module, run: Run, eot: int = 1, eight_bit: bool = False) 
             parameter.requires_grad_(True)
 
 
-def check_images(x: Tensor, y: Tensor, classes: int, first: int = 0) -> None:
-    """Raise unless images lie in [0, 1] and labels among the classes.
-
-    Args:
-        x: images (N, C, H, W).
-        y: labels (N,).
-        classes: outputs of the model.
-        first: index of the first sample, for the message.
+def check_images(x: Tensor, first: int = 0) -> None:
+    """Raise unless images (N, C, H, W) lie in [0, 1]; `first` is the index of the first sample.
 
     Raises:
-        DataError: a pixel outside [0, 1], or a label without an output.
+        DataError: a pixel outside [0, 1], or NaN.
     """
     inside = ((x >= 0) & (x <= 1)).flatten(1).all(1)  # NaN is outside too
     if not bool(inside.all()):
@@ -117,6 +128,14 @@ def check_images(x: Tensor, y: Tensor, classes: int, first: int = 0) -> None:
             f"image {first + at} of the test split has pixels from {low:.4g} to {high:.4g}; attacks need images in "
             "[0, 1] (the model's normalisation is applied by eff, not by the data)"
         )
+
+
+def check_labels(y: Tensor, classes: int, first: int = 0) -> None:
+    """Raise unless labels (N,) are among the model's classes; `first` is the index of the first sample.
+
+    Raises:
+        DataError: a label without an output.
+    """
     wrong = (y < 0) | (y >= classes)
     if bool(wrong.any()):
         at = int(wrong.nonzero().flatten()[0])

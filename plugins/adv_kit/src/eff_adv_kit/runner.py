@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eff.data import Split
+from eff.data import Batch, Split, move_batch
 from eff.errors import DataError
-from eff.log import Log
-from eff_adv_kit.classifier import Classifier, check_classes, check_images, looks_like_probabilities
+from eff.log import Advance, Log
+from eff_adv_kit.classifier import Classifier, check_classes, check_images, check_labels, looks_like_probabilities
 from eff_adv_kit.draws import Draws
 from eff_adv_kit.hunt import Attack, Hunt
 from eff_adv_kit.interval import wilson
@@ -136,6 +136,8 @@ class Plan:
     seed: int = 0
     keep: int = 0
     """Adversarial images to keep."""
+    own_labels: bool = False
+    """Take what the model says of the clean image as its label, for images without labels."""
 
 
 def run_sequence(classifier: Classifier, split: Split, plan: Plan, device: torch.device, log: Log) -> Outcome:
@@ -148,10 +150,10 @@ def run_sequence(classifier: Classifier, split: Split, plan: Plan, device: torch
     """
     if not len(split):
         raise DataError("no samples to attack; the test split is empty")
-    classifier_run = _SequenceRun(classifier, split, plan, device, log)
-    clean = classifier_run.clean()
-    stages = [classifier_run.attack(number, attack) for number, attack in enumerate(plan.attacks)]
-    return Outcome(classifier_run.records, clean, stages, classifier_run.examples)
+    going = _SequenceRun(classifier, split, plan, device, log)
+    clean = going.clean()
+    stages = [going.attack(number, attack) for number, attack in enumerate(plan.attacks)]
+    return Outcome(going.records, clean, stages, going.examples)
 
 
 class _SequenceRun:
@@ -163,9 +165,8 @@ class _SequenceRun:
         self.examples = Examples(plan.keep)
         self.classes = 0
 
-    def _read(self, indices: Array) -> tuple[Tensor, Tensor]:
-        batch = self.split.batch(indices.tolist())
-        return batch["image"].to(self.device), batch["label"].to(self.device)
+    def _read(self, indices: Array) -> Batch:
+        return move_batch(self.split.batch(indices.tolist()), self.device)
 
     def _batches(self, indices: Array) -> list[Array]:
         size = self.plan.batch_size
@@ -190,11 +191,13 @@ class _SequenceRun:
         def work() -> None:
             probabilities = True
             for indices in self.log.track(batches, "clean"):
-                x, y = self._read(indices)
-                logits = self.classifier.logits(x)
+                batch, first = self._read(indices), int(indices[0])
+                check_images(batch["image"], first)
+                logits = self.classifier.logits(batch["image"])
                 self.classes = logits.shape[1]
                 check_classes(self.classes)
-                check_images(x, y, self.classes, int(indices[0]))
+                y = logits.argmax(1) if self.plan.own_labels else batch["label"]
+                check_labels(y, self.classes, first)
                 probabilities = probabilities and looks_like_probabilities(logits)
                 self._note_clean(indices, y, logits)
             if probabilities:
@@ -222,28 +225,36 @@ class _SequenceRun:
         def work() -> None:
             with self.log.progress(f"attack {attack.name}", len(batches) * ticks) as advance:
                 for indices in batches:
-                    used = 0
-                    note = f"{100 * self.records.robust.mean():.1f} % robust"
-
-                    def tick(note: str = note) -> None:
-                        nonlocal used
-                        used += 1
-                        advance(1, note=note)
-
-                    self.classifier.tick = tick
-                    try:
-                        self._attack_batch(number, attack, indices)
-                    finally:
-                        self.classifier.tick = lambda: None
-                    advance(max(0, ticks - used), note=note)
+                    used = self._attack_batch(number, attack, indices, advance)
+                    advance(max(0, ticks - used), note=self._note())  # what was saved as samples dropped out
 
         return self._stage(attack.name, len(survivors), work)
 
-    def _attack_batch(self, number: int, attack: Attack, indices: Array) -> None:
-        x, y = self._read(indices)
+    def _note(self) -> str:
+        return f"{100 * self.records.robust.mean():.1f} % robust"
+
+    def _attack_batch(self, number: int, attack: Attack, indices: Array, advance: Advance) -> int:
+        """Attack one batch of survivors; return the steps it took."""
+        used, note = 0, self._note()
+
+        def tick() -> None:
+            nonlocal used
+            used += 1
+            advance(1, note=note)
+
+        x = self._read(indices)["image"]
+        y = torch.as_tensor(self.records.label[indices], device=self.device)
         draws = Draws(self.plan.seed, torch.as_tensor(indices, device=self.device))
         hunt = Hunt(x, y, draws)
-        attack(self.classifier, self.plan.threat, hunt)
+        self.classifier.tick = tick
+        try:
+            attack(self.classifier, self.plan.threat, hunt)
+        finally:
+            self.classifier.tick = lambda: None
+        self._keep(number, indices, hunt, x, y)
+        return used
+
+    def _keep(self, number: int, indices: Array, hunt: Hunt, x: Tensor, y: Tensor) -> None:
         # What an attack claims is looked at again, as a whole: in the ball, in the box, misclassified.
         tried = torch.ones(len(x), dtype=torch.bool, device=x.device)
         tried[hunt.left] = False

@@ -6,6 +6,7 @@ TRADES   min E [ L(f(x), y) + beta max_{x'} KL(p(x) || p(x')) ]
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eff.hookspecs import hookimpl
 from eff_adv_kit.classifier import Objective, attacked
 from eff_adv_kit.losses import cross_entropy
 from eff_adv_kit.threat import Threat
 
 if TYPE_CHECKING:
     from eff.data import Batch
-    from eff.run import Loss, Run
+    from eff.run import Loss, Run, Step, StepResult
 
 
 @dataclass(frozen=True)
@@ -74,3 +76,24 @@ def adversarial_loss(
 def divergence(p: Tensor, logits: Tensor) -> Tensor:
     """Return KL(p || softmax(logits)) in nats, (N,)."""
     return F.kl_div(logits.log_softmax(1), p, reduction="none").sum(1)
+
+
+class AdversarialTraining:
+    """Makes the training of a run adversarial, as a plugin of its session.
+
+        plugins.manager.register(AdversarialTraining(InnerAttack(Threat("linf", 8 / 255))), "adversarial training")
+
+    Args:
+        inner: the attack.
+        kind: PGD-AT or TRADES.
+        beta: weight of the second term of TRADES.
+    """
+
+    def __init__(self, inner: InnerAttack, kind: Literal["at", "trades"] = "at", beta: float = 6.0):
+        self.inner, self.kind, self.beta = inner, kind, beta
+
+    @hookimpl(wrapper=True)
+    def train_step(self, step: Step) -> Generator[None, StepResult, StepResult]:
+        """Replace the loss of the step."""
+        step.loss = adversarial_loss(step.loss, step.run, self.inner, self.kind, self.beta)
+        return (yield)

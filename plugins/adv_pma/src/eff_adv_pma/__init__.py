@@ -1,3 +1,3 @@
-"""PMA: attacks on the probability margin."""
+"""The probability margin attack."""
 
 __version__ = "0.1.0"

@@ -1,93 +1,104 @@
-"""PMA: margin decomposition with probabilities (Xie et al., CVPR 2025, arXiv:2411.15210).
+"""The probability margin attack (Xie, Zheng, Huang, Ye, Ma, CVPR 2025, arXiv:2411.15210).
 
-Two runs r of K steps from a uniform start, K' = K / 2, every sample leaving when it is misclassified:
+With p = softmax(f(x')), y the label and j the strongest other class, each of R restarts makes two searches of K
+gradients from a random start, r = 0 and r = 1, which differ in what they raise:
 
-    i = 0          raise p_y                     a small kick
-    0 < i < K'     r = 0: lower p_y, r = 1: raise p_j
-    i >= K'        raise p_j - p_y
-    moves          eps (1 + cos(pi (i - 1) / (K - K'))),  and i - K' - 1 in the place of i - 1 after K'
+    i = 0           p_y              a small kick in the wrong direction
+    0 < i < K/2     -p_y (r = 0), p_j (r = 1)
+    K/2 <= i        p_j - p_y        the probability margin
 
-With logits in the place of probabilities it is the MD attack (Ma et al., Machine Learning 2023).
+    x' <- clip(x' + alpha_i sign(grad)),    alpha_i = eps (1 + cos(pi (i' - 1) / (K - K/2)))
+
+with i' = i up to K/2 and i - K/2 after it: the move falls from 2 eps to 0 in each half. A sample leaves at its first
+misclassified iterate. With logits in the place of probabilities this is the margin decomposition attack MD (Ma et al.,
+arXiv:2003.02460), on which the schedule stands.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
 from eff_adv_kit.classifier import Classifier, Objective
 from eff_adv_kit.hunt import Ascent, Hunt, ascend
-from eff_adv_kit.losses import of_class, runner_up
+from eff_adv_kit.losses import LOSSES, of_class, runner_up
 from eff_adv_kit.threat import Threat
 
-Term = Callable[[Tensor, Tensor], Tensor]
-RUNS = 2
+
+def half(steps: int) -> int:
+    """Return K', the step from which the whole margin is raised."""
+    return steps // 2
+
+
+def move(i: int, steps: int, eps: float, odi: bool = False) -> float:
+    """Return alpha_i; `odi`: the first two moves have size eps."""
+    if odi and i < 2:
+        return eps
+    since = i - half(steps) if i > half(steps) else i
+    return eps * (1 + math.cos(math.pi * (since - 1) / (steps - half(steps))))
+
+
+def part_of_margin(loss: str, search: int, i: int, steps: int, logits: Tensor, y: Tensor) -> Tensor:
+    """Return what search 0 or 1 raises at step `i`, (N,).
+
+    Args:
+        loss: "pm" (probabilities) or "margin" (logits).
+        search: r.
+        i: the step.
+        steps: K.
+        logits: (N, K).
+        y: labels (N,).
+    """
+    if i >= half(steps):
+        return LOSSES[loss](logits, y)
+    values = logits.softmax(1) if loss == "pm" else logits
+    if i == 0:
+        return of_class(values, y)
+    return -of_class(values, y) if search == 0 else of_class(values, runner_up(logits, y))
 
 
 @dataclass(frozen=True)
-class PMA:
-    """The decomposed attack.
+class MarginAttack:
+    """PMA, and MD with `loss="margin"`; with `decomposed=False` the whole loss at every step.
 
     Args:
-        of: "pm": probabilities; "margin": logits (MD).
-        steps: K, of each of the two runs of a restart.
-        restarts: R; at most 2 R K gradients.
-        odi: the first two moves are eps.
-        clamp_start: cut starts to [0, 1].
+        loss: a key of `eff_adv_kit.losses.LOSSES`; decomposed: "pm" or "margin".
+        steps: gradients of each of the two searches.
+        restarts: pairs of searches.
+        decomposed: the schedule above.
+        odi: see `move`.
+        clamp_start: cut random starts to [0, 1].
+        name: what reports call it.
     """
 
-    of: Literal["pm", "margin"] = "pm"
+    loss: str = "pm"
     steps: int = 100
     restarts: int = 1
+    decomposed: bool = True
     odi: bool = False
     clamp_start: bool = True
-
-    @property
-    def name(self) -> str:
-        """Return "pma" or "md"."""
-        return "pma" if self.of == "pm" else "md"
+    name: str = "pma"
 
     def ticks(self, classes: int) -> int:
         """Return the gradients per sample."""
-        return RUNS * self.steps * self.restarts
+        return 2 * self.steps * self.restarts
 
     def __call__(self, classifier: Classifier, threat: Threat, hunt: Hunt) -> None:
         """Attack the working batch."""
         for restart in range(self.restarts):
-            for run in range(RUNS):
+            for search in (0, 1):
                 if hunt.done:
                     return
-                start = threat.random_start(hunt.x, hunt.draws, f"{self.name}/{restart}/{run}", self.clamp_start)
-                ascent = Ascent(
-                    self.steps,
-                    lambda i, run=run: self.objective(i, run, hunt),  # type: ignore[misc]
-                    lambda i: self.move(i, threat.eps),
-                )
-                ascend(classifier, threat, hunt, start, ascent)
+                place = f"{self.name}/{restart}/{search}"
+                start = threat.random_start(hunt.x, hunt.draws, place, self.clamp_start)
+                ascend(classifier, threat, hunt, start, self._ascent(search, threat.eps, hunt))
 
-    def objective(self, i: int, run: int, hunt: Hunt) -> Objective:
-        """Return what step `i` of run 0 or 1 raises."""
+    def _ascent(self, search: int, eps: float, hunt: Hunt) -> Ascent:
+        def objective(i: int) -> Objective:
+            if not self.decomposed:
+                return lambda logits: LOSSES[self.loss](logits, hunt.y)
+            return lambda logits: part_of_margin(self.loss, search, i, self.steps, logits, hunt.y)
 
-        def value(logits: Tensor) -> Tensor:
-            scores = logits.softmax(1) if self.of == "pm" else logits
-            own = of_class(scores, hunt.y)
-            if i == 0:
-                return own
-            if i < self.steps // 2 and run == 0:
-                return -own
-            other = of_class(scores, runner_up(logits, hunt.y))
-            return other if i < self.steps // 2 else other - own
-
-        return value
-
-    def move(self, i: int, eps: float) -> float:
-        """Return the length of step `i`: from 2 eps to about 0 in each half."""
-        if self.odi and i < 2:
-            return eps
-        half = self.steps // 2
-        passed = i - half - 1 if i > half else i - 1
-        return eps * (1 + math.cos(math.pi * passed / (self.steps - half)))
+        return Ascent(self.steps, objective, lambda i: move(i, self.steps, eps, self.odi))
