@@ -40,6 +40,8 @@ ROWS: dict[str, Attack] = {
     "APGD-CE, 100 steps": APGD("ce", 100),
     "MD, 2 x 50 steps": MarginAttack("margin", 50, name="md"),
     "PMA, 2 x 50 steps": MarginAttack("pm", 50),
+    "PGD margin, 200 steps": PGD("margin", 200),
+    "PMA, 2 x 100 steps (the default)": MarginAttack("pm", 100),
 }
 
 

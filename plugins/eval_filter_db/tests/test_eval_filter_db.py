@@ -146,6 +146,17 @@ def test_the_threshold_is_the_papers_fit():
     assert random_entropy(2**20) == pytest.approx(1.2618047 - 0.31050834, abs=1e-4)
     expected = 1.2618047 / (1 + math.exp(-0.88767525 * (6 - 2.30436435))) - 0.31050834
     assert random_entropy(64) == pytest.approx(expected)
+    assert random_entropy(3) > 0
+    assert random_entropy(2) is None and random_entropy(0) is None
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6])
+def test_a_layer_of_very_few_filters_is_not_called_random_or_of_low_diversity(count):
+    """n filters vary in n - 1 directions at most, so that their entropy is low whatever they are."""
+    filters = layer(np.random.default_rng(0).standard_normal((count, 1, 3, 3)))
+    assert "low diversity" not in layer_quality(filters, CONFIG).flags(CONFIG)
+    if count < 3:
+        assert layer_quality(filters, CONFIG).flags(CONFIG) == []
 
 
 def test_a_filter_is_sparse_where_all_its_weights_are_small():
@@ -363,3 +374,15 @@ def half_zero(num_classes=4, in_channels=1):
     model = TinyCNN(num_classes, in_channels)
     nn.init.zeros_(model.conv2.weight)
     return model
+
+
+def test_bare_weights_are_said_to_lack_their_architecture_and_take_one(tmp_path):
+    torch.save(TinyCNN().state_dict(), tmp_path / "bare.pth")
+    bare = str(tmp_path / "bare.pth")
+    found = apply(recipe(others=[bare]), tmp_path / "run")
+    assert any("bare are bare weights" in line and "?arch=ARCH" in line for line in found.warnings)
+    known = apply(recipe(others=[f"{bare}?arch={MODEL}"]), tmp_path / "known")
+    assert not any("bare weights" in line for line in known.warnings)
+    for report, defined in ((found, False), (known, True)):
+        rows = [row for row in report.after.metrics.tables["filter_quality"] if row["model"] == "bare"]
+        assert rows and all((row["orthogonality"] is not None) == defined for row in rows)

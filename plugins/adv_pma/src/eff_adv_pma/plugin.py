@@ -64,6 +64,7 @@ class PMA(Method[PMAConfig]):
             ),  # fmt: skip
             paper="PMA beats the best earlier individual attacks (abstract); no figure per model was verified.",
             unit="% robust accuracy",
+            units={"gradients_share": "% of the gradients"},
             seeds=(0, 1, 2),
             minutes=5,
         ),

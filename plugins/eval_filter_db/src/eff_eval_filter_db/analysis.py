@@ -216,6 +216,18 @@ def _warn(model: nn.Module, found: Analysis, run: Run) -> None:
     zero = [row["layer"] for row in own if "all zero" in row["flags"].split(", ")]
     if zero:
         run.warn(f"eval_filter_db: all weights are zero in {', '.join(zero)}")
+    bare = list(dict.fromkeys(layer.model for layer in found.layers[len(own) :] if layer.groups is None))
+    if bare:
+        run.warn(
+            f"eval_filter_db: {', '.join(bare)} are bare weights, so groups and orthogonality of their layers are not "
+            "known; name the architecture: others=FILE?arch=ARCH"
+        )
+    alone = [row["layer"] for row in own if row["orthogonality"] is None and row["out_channels"] == row["groups"]]
+    if alone:
+        run.log.info(
+            f"eval_filter_db: {len(alone)} of {len(own)} layers have one output channel per group (depthwise); their "
+            "orthogonality is not defined"
+        )
     if found.config.kernel != PAPER_KERNEL:
         run.warn("eval_filter_db: the threshold T(n) is known for 3x3 filters only; no layer is flagged 'random'")
     if not any("norm" in type(module).__name__.lower() for module in model.modules()):

@@ -23,7 +23,7 @@ class FilterDBConfig(MethodConfig):
     others: tuple[str, ...] = Field(
         (),
         description="Models to compare with: files, run folders, sources, or filter data bases (filters.parquet); "
-        "tag=SOURCE tags one.",
+        "tag=SOURCE tags one, weights.th?arch=ARCH says what bare weights are of.",
     )
     group_by: Literal["model", "layer", "depth", "tag"] = Field("model", description="What the drift is between.")
     label: str = Field("", description="Name of the measured model in tables and figures; empty: its source.")

@@ -168,7 +168,9 @@ def layer_quality(pyplot: Any, found: Analysis) -> Any:
     axes[0].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     if not any(row["orthogonality"] is not None for row in found.table):
-        axes[2].text(0.5, 0.5, "not defined: one output channel per group", ha="center", va="center", color=_GREY)
+        bare = all(layer.groups is None for layer in found.layers)
+        why = "not known: bare weights without an architecture" if bare else "not defined: one output channel per group"
+        axes[2].text(0.5, 0.5, why, ha="center", va="center", color=_GREY)
     left_out = len(models) - len(shown)
     figure.suptitle("Quality of each layer" + (f" ({left_out} models left out)" if left_out else ""), fontsize=12)
     return figure

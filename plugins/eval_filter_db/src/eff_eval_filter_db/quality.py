@@ -42,9 +42,13 @@ def variance_entropy(rows: Array) -> float:
     return float(-(share * np.log10(share)).sum()) + 0.0  # no -0.0
 
 
-def random_entropy(count: int) -> float:
-    """Return T(n), the entropy from which `count` 3x3 filters are as random as noise."""
-    return _L / (1 + math.exp(-_K * (math.log2(count) - _X0))) + _B
+def random_entropy(count: int) -> float | None:
+    """Return T(n), the entropy from which `count` 3x3 filters are as random as noise.
+
+    None for fewer than 3 filters: the authors' fit is negative there, and any layer would be random.
+    """
+    fitted = _L / (1 + math.exp(-_K * (math.log2(count) - _X0))) + _B if count else 0.0
+    return fitted if fitted > 0 else None
 
 
 def orthogonality(weight: Array, groups: int) -> float | None:
@@ -85,6 +89,7 @@ def orthogonality_bound(shape: tuple[int, int], groups: int, size: int) -> float
 class Quality:
     """A layer's scores; None where one is not defined."""
 
+    filters: int
     sparsity: float
     entropy: float
     threshold: float | None
@@ -97,16 +102,20 @@ class Quality:
 
     @property
     def normalised_entropy(self) -> float | None:
-        """H / T(n); None where T(n) is not positive (fewer than about 3 filters)."""
-        return self.entropy / self.threshold if self.threshold is not None and self.threshold > 0 else None
+        """H / T(n); None where T(n) is not known."""
+        return None if self.threshold is None else self.entropy / self.threshold
 
     def flags(self, config: FilterDBConfig) -> list[str]:
         """Return what is wrong with the layer."""
+        # n filters vary in n - 1 directions at most: where even random ones are below, a low entropy says nothing.
+        can_be_diverse = self.filters - 1 > 10**config.low_entropy and (
+            self.threshold is None or self.threshold > config.low_entropy
+        )
         named = {
             "all zero": self.is_zero,
             "sparse": self.sparsity >= config.sparse_share,
             "random": self.threshold is not None and not self.is_zero and self.entropy >= self.threshold,
-            "low diversity": self.entropy < config.low_entropy,
+            "low diversity": can_be_diverse and self.entropy < config.low_entropy,
         }
         return [name for name, holds in named.items() if holds]
 
@@ -120,12 +129,13 @@ def layer_quality(layer: Layer, config: FilterDBConfig) -> Quality:
     knows_noise = config.kernel == PAPER_KERNEL
     known = layer.groups is not None
     return Quality(
+        filters=len(rows),
         sparsity=float(sparse.mean()),
         entropy=variance_entropy(rows),
         threshold=random_entropy(len(rows)) if knows_noise else None,
         clean_filters=len(clean),
         clean_entropy=variance_entropy(clean) if len(clean) else None,
-        clean_threshold=random_entropy(len(clean)) if len(clean) and knows_noise else None,
+        clean_threshold=random_entropy(len(clean)) if knows_noise else None,
         orthogonality=orthogonality(weight, layer.groups) if layer.groups is not None else None,
         orthogonality_bound=orthogonality_bound(layer.shape, layer.groups or 1, rows.shape[1])
         if known and layer.shape[0] > (layer.groups or 1)

@@ -16,6 +16,9 @@ from eff_eval_filter_db.config import FilterDBConfig
 from eff_eval_filter_db.database import FILE, read_database
 from eff_eval_filter_db.layers import Layer, layers_of_model, layers_of_state
 
+ARCH = "?arch="
+"""Stands between bare weights and the architecture they are of, e.g. resnet20.th?arch=zoo:cifar_resnet20."""
+
 
 def open_others(config: FilterDBConfig, run: Run) -> list[Layer]:
     """Return the layers of all `others`, each model under a name of its own.
@@ -49,19 +52,21 @@ def split_tag(text: str) -> tuple[str, str]:
     return (match[1], match[2]) if match and not Path(text).exists() else ("", text)
 
 
-def _open(source: str, kernel: int, run: Run) -> list[Layer]:
+def _open(text: str, kernel: int, run: Run) -> list[Layer]:
+    source, _, arch = text.partition(ARCH)
     database = Path(source, FILE) if Path(source).is_dir() else Path(source)
     path = file_of(source)
     if database.suffix == ".parquet" and (path is None or path.suffix not in (".pt", ".pth")):
         return read_database(database, kernel)
     name = _stem(source)
-    if path is not None:
+    if path is not None and not arch:
         file = read_model_file(path)
         if file.header is None and file.module is None:
             return layers_of_state(file.state, name, kernel)
-    plugins = Plugins()
-    request = ModelRequest(source, device=run.device, seed=run.seed, needs_data=False, needs_task=False)
-    opened = open_model(request, plugins, run.log)
+    request = ModelRequest(
+        source, arch or None, device=run.device, seed=run.seed, needs_data=False, needs_task=False
+    )  # fmt: skip
+    opened = open_model(request, Plugins(), run.log)
     return [replace(layer, task=opened.task.name) for layer in layers_of_model(opened.model, name, kernel)]
 
 
