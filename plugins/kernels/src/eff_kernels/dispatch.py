@@ -88,10 +88,15 @@ def _check_triton_can_run(op: Op, device_type: str, dtype: torch.dtype) -> None:
         raise ValueError(
             f"EFF_KERNELS=triton, but there is no Triton kernel of {op.name} for {dtype}; use auto or reference"
         )
-    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    if device_type == "cpu" and not interpreting():
         raise ValueError(
             "EFF_KERNELS=triton, but the tensor is on the CPU; set TRITON_INTERPRET=1 to interpret the kernels"
         )
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels are interpreted; the interpreter's matrix product does not know bfloat16."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def has_triton() -> bool:
