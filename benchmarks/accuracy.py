@@ -60,17 +60,20 @@ def cifar(shared: Path, train: int) -> list[tuple[str, Recipe]]:
 
 
 def photos(shared: Path) -> list[tuple[str, Recipe]]:
-    """Return EfficientNet-Lite0 at 8 bits, initialised on 256 photos, without training."""
-    use = MethodUse(
-        name="quant_lsq", options={"weight_bits": 8, "act_bits": 8, "per_channel_weight": True, "init": "minmax"}
-    )
-    recipe = Recipe(
-        model="zoo:efficientnet_lite0?pretrained=true",
-        data=f"folder:{shared / 'data' / 'imagenet1k_samples'}?train=256&seed=0",
-        methods=(use,),
-        train=TrainOptions(epochs=0),
-    )
-    return [("efficientnet_lite0 W8A8 per channel, min-max steps, not trained", recipe)]
+    """Return EfficientNet-Lite0 at 8 bits, initialised on 256 photos, without training; batch norm kept, or afresh."""
+    found = []
+    for samples, words in ((0, "batch norm as it was"), (256, "batch norm from the same photos")):
+        options = {
+            "weight_bits": 8, "act_bits": 8, "per_channel_weight": True, "init": "minmax", "bn_samples": samples,
+        }  # fmt: skip
+        recipe = Recipe(
+            model="zoo:efficientnet_lite0?pretrained=true",
+            data=f"folder:{shared / 'data' / 'imagenet1k_samples'}?train=256&seed=0",
+            methods=(MethodUse(name="quant_lsq", options=options),),
+            train=TrainOptions(epochs=0, batch_size=64),
+        )
+        found.append((f"efficientnet_lite0 W8A8 per channel, min-max steps, not trained, {words}", recipe))
+    return found
 
 
 if __name__ == "__main__":

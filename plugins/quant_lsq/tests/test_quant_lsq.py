@@ -145,6 +145,27 @@ def test_minmax_steps_cover_the_whole_range(run):
     assert layer.weight_quantizer.scale.item() == pytest.approx(layer.layer.weight.abs().max().item() / 7)
 
 
+def test_batch_norm_is_taken_afresh_from_training_samples(run):
+    model, method = transformed(
+        run, nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 4)), bn_samples=64
+    )
+    norm, seen = model[1], []
+    norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    assert method.finish(model, run) is model
+    assert sum(len(x) for x in seen) == 64
+    torch.testing.assert_close(norm.running_mean, torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0))
+    torch.testing.assert_close(norm.running_var, torch.stack([x.var((0, 2, 3)) for x in seen]).mean(0))
+    kept, method = transformed(run, nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)))
+    method.finish(kept, run)
+    assert kept[1].running_mean.eq(0).all() and kept[1].num_batches_tracked == 0
+
+
+def test_a_model_without_batch_norm_is_told_that_there_is_none(run):
+    model, method = transformed(run, nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), bn_samples=32)
+    method.finish(model, run)
+    assert any("bn_samples has no effect" in line for line in run.log.warnings)
+
+
 @pytest.mark.parametrize("bits", [1, 9, 17])
 def test_bits_out_of_range_are_refused(bits):
     with pytest.raises(ConfigError, match=f"quant_lsq: weight_bits must be between 2 and 8, got {bits}"):

@@ -178,9 +178,14 @@ def initialise_inputs(
             handle.remove()
 
 
-def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any], Any]) -> None:
-    """Compute the running statistics of batch norms afresh, as plain averages over `batches`."""
+def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any], Any]) -> int:
+    """Compute the running statistics of batch norms afresh, as plain averages over `batches`; return their number.
+
+    Quantized weights shift what batch norms see, and few epochs of training do not bring the running averages there.
+    """
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        return 0
     momenta = [module.momentum for module in norms]
     was_training = model.training
     model.eval()
@@ -194,3 +199,4 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any], forward: Cal
     for module, momentum in zip(norms, momenta, strict=True):
         module.momentum = momentum
     model.train(was_training)
+    return len(norms)

@@ -49,6 +49,12 @@ class LSQConfig(MethodConfig):
     wd: float | None = Field(None, ge=0, description="Weight decay; unset: 1e-4, half of it at 3 bits, a quarter at 2.")
     epochs: int = Field(8, ge=0, description="Training epochs; the paper has 90 on ImageNet, 1 at 8 bits.")
     init_batch: int = Field(256, ge=1, description="Samples of the batch that initialises the input steps.")
+    bn_samples: int = Field(
+        0,
+        ge=0,
+        description="Training samples from which batch norm's statistics are taken afresh at the end; worth it after few "
+        "epochs or none. 0 keeps them.",
+    )
     exclude: tuple[str, ...] = Field((), description="Names of layers left in float.")
 
     @model_validator(mode="after")

@@ -103,6 +103,16 @@ class LSQ(Method[LSQConfig]):
         self.lifted += keep_scales_positive(step.module)
         return result
 
+    def finish(self, model: nn.Module, run: Run) -> nn.Module:
+        """Take batch norm's statistics afresh where the options ask for it."""
+        from eff_quant_kit.layers import reestimate_batch_norm
+
+        if self.config.bn_samples:
+            batches = run.batches("train", self.config.bn_samples, run.train.batch_size)
+            if not reestimate_batch_norm(model, batches, lambda batch: run.forward(model, batch)):
+                run.warn("quant_lsq: bn_samples has no effect, the model has no batch norm")
+        return model
+
     @hookimpl
     def evaluate(self, model: nn.Module, data: Data, run: Run) -> Metrics:
         """Report bits, packed size, clipping, and per layer the error and the ratio R."""
