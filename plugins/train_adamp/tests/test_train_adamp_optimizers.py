@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
+from eff_kernels.adamp_step.projection import detect, remove_radial_
 from eff_train_adamp import optimizers
 from eff_train_adamp.optimizers import SGDP, AdamP, GradientError
-from eff_train_adamp.projection import detect, remove_radial_
 
 no_compiler = shutil.which("g++") is None and shutil.which("clang++") is None
 SHAPES = ((4, 3, 3, 3), (4,), (5, 36), (5,), (7, 2))

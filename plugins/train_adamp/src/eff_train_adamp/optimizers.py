@@ -4,7 +4,7 @@ AdamP, with gradient g, moments m and v, step t:
 
     m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) g^2
     u = m / (sqrt(v) / sqrt(1 - b2^t) + eps)                    Nesterov: b1 m + (1 - b1) g instead of m
-    (u, r) = projection of u (see eff_train_adamp.projection); r = wd_ratio where it applied, else 1
+    (u, r) = projection of u (see eff_kernels.adamp_step.projection); r = wd_ratio where it applied, else 1
     w <- w (1 - lr weight_decay r) - lr / (1 - b1^t) u
 
 SGDP, with momentum buffer b from zero:
@@ -28,7 +28,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from eff.errors import RunError
-from eff_train_adamp.projection import detect, remove_radial_
+from eff_kernels.adamp_step import adamp_step_
+from eff_kernels.adamp_step.projection import project_and_decay_, subtract_
 
 _HALF = (torch.float16, torch.bfloat16)
 CPU_PORTION = 1 << 16
@@ -291,20 +292,13 @@ def adamp(
 ) -> None:
     """Do one step of AdamP on tensors of one device and dtype, in place."""
     lr = _rate(lr)
-    beta1, beta2 = betas
     torch._foreach_add_(steps, 1)
     # Compiled, the counts stay tensors: as numbers they would compile every step anew.
     counts: list[Any] = steps if torch.compiler.is_compiling() else [step.item() for step in steps]
-    torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
-    torch._foreach_mul_(exp_avg_sqs, beta2)
-    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
-    denominators = list(torch._foreach_sqrt(exp_avg_sqs))
-    torch._foreach_div_(denominators, [(1 - beta2**count) ** 0.5 for count in counts])
-    torch._foreach_add_(denominators, eps)
-    moments = torch._foreach_lerp(exp_avgs, grads, 1 - beta1) if nesterov else exp_avgs
-    updates = list(torch._foreach_div(moments, denominators))
-    _project_and_decay_(updates, params, grads, lr * weight_decay, delta, wd_ratio, eps)
-    _subtract_(params, updates, [lr / (1 - beta1**count) for count in counts])
+    adamp_step_(
+        params, grads, exp_avgs, exp_avg_sqs, counts, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, delta=delta,
+        wd_ratio=wd_ratio, nesterov=nesterov,
+    )  # fmt: skip
 
 
 def sgdp(
@@ -327,40 +321,8 @@ def sgdp(
     torch._foreach_add_(buffers, grads, alpha=1 - dampening)
     # Without Nesterov the buffers themselves are projected, as in the reference code.
     updates = list(torch._foreach_add(grads, buffers, alpha=momentum)) if nesterov else buffers
-    _project_and_decay_(updates, params, grads, lr * weight_decay / (1 - momentum), delta, wd_ratio, eps)
-    _subtract_(params, updates, [lr] * len(params))
-
-
-def _project_and_decay_(
-    updates: list[Tensor],
-    params: list[Tensor],
-    grads: list[Tensor],
-    decay: float | Tensor,
-    delta: float,
-    wd_ratio: float,
-    eps: float,
-) -> None:
-    """Project the updates by the weights as they are, then shrink the weights by `decay`, in place."""
-    matrices = [index for index, parameter in enumerate(params) if parameter.ndim > 1]
-    decays = isinstance(decay, Tensor) or decay > 0
-    if matrices:
-        weights, chosen = [params[index] for index in matrices], [updates[index] for index in matrices]
-        found = detect(weights, [grads[index] for index in matrices], delta, eps)
-        remove_radial_(chosen, weights, found, eps)
-        if decays:
-            share = 1 - (1 - wd_ratio) * (found.channel | found.layer).to(weights[0].dtype)
-            torch._foreach_mul_(weights, list((1 - decay * share).unbind()))
-    others = [parameter for parameter in params if parameter.ndim <= 1]
-    if others and decays:
-        torch._foreach_mul_(others, 1 - decay)
-
-
-def _subtract_(params: list[Tensor], updates: list[Tensor], sizes: list[Any]) -> None:
-    """Take from each parameter its update times its step size; updates stay, they may be the momentum."""
-    if isinstance(sizes[0], Tensor) or len(set(sizes)) > 1:
-        torch._foreach_sub_(params, torch._foreach_mul(updates, sizes))
-    else:
-        torch._foreach_add_(params, updates, alpha=-sizes[0])
+    project_and_decay_(updates, params, grads, lr * weight_decay / (1 - momentum), delta, wd_ratio, eps)
+    subtract_(params, updates, [lr] * len(params))
 
 
 def _rate(lr: float | Tensor) -> float | Tensor:
@@ -384,7 +346,7 @@ def _apply(function: Callable[..., None], lists: list[list[Tensor]], options: di
     """
     for indices in _portions(lists[0]):
         alike = [[tensors[index] for index in indices] for tensors in lists]
-        if alike[0][0].dtype not in _HALF:
+        if alike[0][0].dtype not in _HALF or function is adamp:  # whose op takes all dtypes
             function(*alike, **options)
             continue
         wide = [[tensor.float() for tensor in tensors] for tensors in alike]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from eff.schemas import TableRow
-from eff_train_adamp.projection import detect
+from eff_kernels.adamp_step.projection import detect
 
 _TINY = 1e-12
 _CHANNEL, _LAYER, _STEP, _SQUARE, _COUNT = range(5)

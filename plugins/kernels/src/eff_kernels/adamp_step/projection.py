@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,6 +90,38 @@ def remove_radial_(updates: Sequence[Tensor], weights: Sequence[Tensor], found: 
     factor = torch.where(found.channel[rows.owner], by_channel, torch.where(found.layer, by_layer, nothing)[rows.owner])
     for update, weight, part in zip(updates, weights, factor.split(rows.counts), strict=True):
         update.addcmul_(weight, part.view(-1, *[1] * (weight.ndim - 1)), value=-1)
+
+
+def project_and_decay_(
+    updates: list[Tensor],
+    params: list[Tensor],
+    grads: list[Tensor],
+    decay: float | Tensor,
+    delta: float,
+    wd_ratio: float,
+    eps: float,
+) -> None:
+    """Project the updates by the weights as they are, then shrink the weights by `decay`, in place."""
+    matrices = [index for index, parameter in enumerate(params) if parameter.ndim > 1]
+    decays = isinstance(decay, Tensor) or decay > 0
+    if matrices:
+        weights, chosen = [params[index] for index in matrices], [updates[index] for index in matrices]
+        found = detect(weights, [grads[index] for index in matrices], delta, eps)
+        remove_radial_(chosen, weights, found, eps)
+        if decays:
+            share = 1 - (1 - wd_ratio) * (found.channel | found.layer).to(weights[0].dtype)
+            torch._foreach_mul_(weights, list((1 - decay * share).unbind()))
+    others = [parameter for parameter in params if parameter.ndim <= 1]
+    if others and decays:
+        torch._foreach_mul_(others, 1 - decay)
+
+
+def subtract_(params: list[Tensor], updates: list[Tensor], sizes: list[Any]) -> None:
+    """Take from each parameter its update times its step size; updates stay, they may be the momentum."""
+    if isinstance(sizes[0], Tensor) or len(set(sizes)) > 1:
+        torch._foreach_sub_(params, torch._foreach_mul(updates, sizes))
+    else:
+        torch._foreach_add_(params, updates, alpha=-sizes[0])
 
 
 def _row_sums(tensors: Sequence[Tensor]) -> Tensor:

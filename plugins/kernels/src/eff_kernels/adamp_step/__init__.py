@@ -1,0 +1,88 @@
+"""One step of AdamP (Heo et al., ICLR 2021, arXiv:2006.08217): Adam whose update loses its part along the weight.
+
+    m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) g^2
+    u = m / (sqrt(v) / sqrt(1 - b2^t) + eps)                    Nesterov: b1 m + (1 - b1) g instead of m
+    (u, r) = projection of u (see projection.py); r = wd_ratio where it applied, else 1
+    w <- w (1 - lr weight_decay r) - lr / (1 - b1^t) u
+
+Memory bound. The projection needs sums over w and u before w can change: two passes of 40 bytes per float32 weight
+(read w, g, m, v, write m, v; read w, m, v, write w), Nesterov 44. Weights of one dimension are never projected: 28.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eff_kernels.adamp_step import library
+from eff_kernels.checks import FLOATS, check_device, check_dtype, check_range
+
+__all__ = ["adamp_step_"]
+
+
+def adamp_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    counts: Sequence[Any],
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float | Tensor = 0.0,
+    delta: float = 0.1,
+    wd_ratio: float = 0.1,
+    nesterov: bool = False,
+) -> None:
+    """Change `params`, `exp_avgs` (m) and `exp_avg_sqs` (v) by one step, in place. No backward.
+
+    Computed in the tensors' dtype, half precision in float32. NaN and infinity in a gradient go into the weights, as in
+    torch's optimizers: look before.
+
+    Args:
+        params: weights of one device and dtype (float16, bfloat16, float32, float64); rows are dimension 0.
+        grads, exp_avgs, exp_avg_sqs: like `params`.
+        counts: t of each weight, this step included.
+        lr: learning rate; a tensor under torch.compile.
+        betas, eps, weight_decay, delta, wd_ratio, nesterov: as in the equations.
+
+    Raises:
+        TypeError: a dtype is not floating point, or not that of its weight.
+        ValueError: lists of different lengths, a shape or device that is not that of its weight, an option out of range.
+    """
+    if not torch.compiler.is_compiling():
+        _check([params, grads, exp_avgs, exp_avg_sqs], counts)
+        for name, value in (("betas[0]", betas[0]), ("betas[1]", betas[1])):
+            if not 0 <= value < 1:
+                raise ValueError(f"adamp_step: {name} is {value}, expected at least 0 and below 1")
+        check_range("adamp_step", "wd_ratio", wd_ratio, 0, 1)
+    lists = [params, grads, exp_avgs, exp_avg_sqs, counts]
+    used = [index for index, weight in enumerate(params) if weight.numel()]
+    if used:
+        library.run(
+            *([list_[index] for index in used] for list_ in lists),
+            lr, betas, eps, weight_decay, delta, wd_ratio, nesterov,
+        )  # fmt: skip
+
+
+def _check(lists: Sequence[Sequence[Tensor]], counts: Sequence[Any]) -> None:
+    names = ("params", "grads", "exp_avgs", "exp_avg_sqs")
+    for name, tensors in (*zip(names, lists, strict=True), ("counts", counts)):
+        if len(tensors) != len(lists[0]):
+            raise ValueError(f"adamp_step: {name} has {len(tensors)} entries, expected {len(lists[0])} as params")
+    for index, weight in enumerate(lists[0]):
+        check_dtype("adamp_step", f"params[{index}]", weight, FLOATS)
+        check_device("adamp_step", f"params[{index}]", weight, "params[0]", lists[0][0])
+        check_dtype("adamp_step", f"params[{index}]", weight, [lists[0][0].dtype])
+        for name, tensors in zip(names[1:], lists[1:], strict=True):
+            other = tensors[index]
+            check_dtype("adamp_step", f"{name}[{index}]", other, [weight.dtype])
+            check_device("adamp_step", f"{name}[{index}]", other, f"params[{index}]", weight)
+            if other.shape != weight.shape:
+                raise ValueError(
+                    f"adamp_step: {name}[{index}] has shape {tuple(other.shape)}, expected {tuple(weight.shape)} as the weight"
+                )
