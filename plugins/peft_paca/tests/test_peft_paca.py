@@ -20,10 +20,11 @@ from eff.schemas import CORE_TRAINING, MethodUse, Recipe, TaskSpec, TrainOptions
 from eff.session import Chosen, Plugins
 from eff.training import Training
 from eff.use import UseRequest, evaluate
+from eff_kernels.partial_linear import partial_linear
 from eff_peft_kit.delta import apply_delta, matrix, read_delta, remove_delta
 from eff_peft_paca.config import PaCAConfig
 from eff_peft_paca.diagnostics import gradient_error, record_kept
-from eff_peft_paca.layer import PartialLayer, PartialLinear, partial_layers
+from eff_peft_paca.layer import PartialLayer, partial_layers
 from eff_peft_paca.packed import BLOCK, NF4_LEVELS, PackedLinear, pack, unpack
 from eff_peft_paca.plugin import PaCA
 from eff_peft_paca.selection import choose_columns, column_norms
@@ -140,7 +141,9 @@ def test_gradcheck_passes_with_the_columns_as_a_function_of_p(format, bias):
         with torch.no_grad():
             wrapped.p.copy_(p)
         wrapped.synchronise()
-        return PartialLinear.apply(x, p, own_bias, wrapped.dense_weight().clone(), wrapped)
+        again = None if wrapped.in_place else wrapped.dense_weight
+        weight = wrapped.dense_weight().clone()
+        return partial_linear(x, weight, p, wrapped.index, own_bias, scale=wrapped.scale, again=again)
 
     p = wrapped.p.detach().clone().requires_grad_()
     assert torch.autograd.gradcheck(forward, (x, p), eps=1e-6, atol=1e-6)

@@ -19,47 +19,15 @@ from torch.nn import functional as F
 from torch.nn import grad
 
 from eff.errors import PluginError
+from eff_kernels.partial_linear import partial_linear
 from eff_peft_kit.delta import matrix
 from eff_peft_kit.targets import has_computed_weight, is_quantized
 
 _HALF = (torch.float16, torch.bfloat16)
 
 
-class PartialLinear(torch.autograd.Function):
-    """y = x W^T + b with the gradient of the columns of W that `p` stands for.
-
-    W already holds `scale * p` in these columns; it gets no gradient itself. `again` gives W anew in the
-    backward pass where it is too large to keep (a quantized base), else None.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, p: Tensor, bias: Tensor | None, weight: Tensor, layer: PartialLayer) -> Tensor:
-        """Return x W^T + b, keep x[..., idx] only."""
-        ctx.layer = layer
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        keeps_weight = layer.in_place and ctx.needs_input_grad[0]
-        ctx.save_for_backward(x.index_select(-1, layer.index), weight if keeps_weight else None)
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of x, p and b."""
-        x_index, weight = ctx.saved_tensors
-        layer: PartialLayer = ctx.layer
-        rows = dy.reshape(-1, dy.shape[-1])
-        dx = dp = db = None
-        if ctx.needs_input_grad[0]:
-            dx = dy @ (layer.dense_weight() if weight is None else weight).to(dy.dtype)
-        if ctx.needs_input_grad[1]:
-            dp = (rows.t() @ x_index.reshape(-1, x_index.shape[-1]).to(dy.dtype)).to(layer.p.dtype) * layer.scale
-        if ctx.needs_input_grad[2]:
-            db = rows.sum(0).to(ctx.bias_dtype)
-        return dx, dp, db, None, None
-
-
 class PartialConv2d(torch.autograd.Function):
-    """A 2-d convolution with the gradient of W[:, idx, :, :]; see `PartialLinear`."""
+    """A 2-d convolution with the gradient of W[:, idx, :, :], as `partial_linear` has it for matrices."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: Tensor, bias: Tensor | None, weight: Tensor, layer: PartialLayer) -> Tensor:
@@ -176,9 +144,11 @@ class PartialLayer(nn.Module):
         if not self.in_place:
             weight = weight.to(x.dtype)
         bias = inner.bias if self.in_place else inner.layer.bias
-        function: Any = PartialConv2d if isinstance(inner, nn.Conv2d) else PartialLinear
-        output = function.apply(x, self.p, bias, weight, self)
-        return output
+        if isinstance(inner, nn.Conv2d):
+            output = PartialConv2d.apply(x, self.p, bias, weight, self)
+            return output
+        again = None if self.in_place else self.dense_weight
+        return partial_linear(x, weight, self.p, self.index, bias, scale=self.scale, again=again)
 
     def _reference_write_back(self) -> None:
         """Write as the released code does: not in every (2 accumulate)-th forward pass in training mode.
