@@ -81,27 +81,35 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
     return pack_bits(codes, bits).view(len(codes), codes.shape[1] * bits // 8)
 
 
-def unpack_rows(packed: Tensor, bits: int) -> Tensor:
+def unpack_rows(packed: Tensor, bits: int, work: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Return the codes (N, K), uint8, of what `pack_rows` made; few passes over whole words, on any device.
+
+    Args:
+        packed: uint8, shape (N, K * bits / 8), contiguous.
+        bits: one of `ROW_BITS`.
+        work: `unpacking_buffers` of at least N rows, for many calls: the result then lies in the first of them.
 
     Raises:
         ValueError: bits is none of `ROW_BITS`.
     """
     check_choice("unpack_rows", "bits", bits, ROW_BITS)
+    n = len(packed)
+    word, shifted = (buffer[:n] for buffer in work or unpacking_buffers(n, packed.shape[1], bits, packed.device))
     if bits == 8:
-        return packed.clone()
-    dtype, steps = _SPREAD[bits]
+        return word.copy_(packed)
     if bits == 3:
-        low, middle, high = packed.view(len(packed), packed.shape[1] // 3, 3).unbind(-1)
-        word = (
-            high.to(dtype, memory_format=torch.contiguous_format)
-            .bitwise_left_shift_(8)
-            .bitwise_or_(middle)
-            .bitwise_left_shift_(8)
-            .bitwise_or_(low)
-        )
+        low, middle, high = packed.view(n, packed.shape[1] // 3, 3).unbind(-1)
+        word.copy_(high).bitwise_left_shift_(8).bitwise_or_(middle).bitwise_left_shift_(8).bitwise_or_(low)
     else:
-        word = packed.to(dtype)
-    for shift, mask in steps:
-        word.bitwise_or_(word << shift).bitwise_and_(mask)
+        word.copy_(packed)
+    for shift, mask in _SPREAD[bits][1]:
+        torch.bitwise_left_shift(word, shift, out=shifted)
+        word.bitwise_or_(shifted).bitwise_and_(mask)
     return word.view(torch.uint8)
+
+
+def unpacking_buffers(rows: int, row_bytes: int, bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return what `unpack_rows` works in; fresh pages at every call would cost as much as the unpacking."""
+    dtype = torch.uint8 if bits == 8 else _SPREAD[bits][0]
+    word = torch.empty(rows, row_bytes // 3 if bits == 3 else row_bytes, dtype=dtype, device=device)
+    return word, torch.empty_like(word)
