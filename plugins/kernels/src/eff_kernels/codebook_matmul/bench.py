@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eff_kernels.bench import Case, buffers
-from eff_kernels.codebook_matmul import codebook_matmul, pack_codes, reference
+from eff_kernels.bench import Case
+from eff_kernels.codebook_matmul import codebook_matmul, decode, reference
 from eff_kernels.codebook_matmul.library import OP
 
 N = K = 2048
@@ -28,14 +28,14 @@ def cases(device: torch.device) -> Iterator[Case]:
 
 
 def _case(m: int, dtype: torch.dtype, trains: bool, device: torch.device, generator: torch.Generator) -> Case:
-    def codes(_: int) -> Tensor:
-        return torch.randint(ENTRIES, (N, K // DIM), generator=generator).to(device)
+    def codes(_: int) -> Tensor:  # at 8 bits a byte is a code
+        return torch.randint(ENTRIES, (N, K // DIM), generator=generator, dtype=torch.uint8).to(device)
 
-    looked_up = buffers(codes, N * K // DIM)[:16]  # the dense peers take up to sixteen times the memory
-    packed = [pack_codes(one, 8) for one in looked_up]
+    packed = [codes(index) for index in range(64)]  # beyond the caches, as 16 dense weights are
+    looked_up = [one.long() for one in packed[:16]]
     codebook = torch.randn(ENTRIES, DIM, generator=generator).to(device, dtype).requires_grad_(trains)
     x = torch.randn(m, K, generator=generator).to(device, dtype).requires_grad_(trains)
-    dense = [reference.decode(one, codebook.detach(), 8) for one in packed]
+    dense = [decode(one, codebook, bits=8) for one in packed[:16]]
     ones = torch.ones(m, N, dtype=dtype, device=device)
 
     def measured(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Any]:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eff_kernels.bench import Case, buffers
-from eff_kernels.packing import pack_rows, unpack_rows
-from eff_kernels.weight_only_matmul import reference, weight_only_matmul
+from eff_kernels.bench import Case
+from eff_kernels.packing import unpack_rows
+from eff_kernels.weight_only_matmul import dequantize, reference, weight_only_matmul
 from eff_kernels.weight_only_matmul.library import OP
 
 GROUP = 128
@@ -37,14 +37,14 @@ def _case(m: int, bits: int, dtype: torch.dtype, device: torch.device, generator
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    def packed_weight(_: int) -> Tensor:
-        return pack_rows(torch.randint(2**bits, (n, k), generator=generator, dtype=torch.uint8).to(device), bits)
+    def packed_weight(_: int) -> Tensor:  # any bytes are levels
+        return torch.randint(256, (n, k * bits // 8), generator=generator, dtype=torch.uint8).to(device)
 
     size = n * k * bits // 8
-    packed = buffers(packed_weight, size)[:8]  # the dense peers take up to eight times the memory
+    packed = [packed_weight(index) for index in range(16)]  # beyond the caches, as three dense weights are
     scale = (0.01 + torch.rand(n, k // GROUP, generator=generator) / 100).to(device, dtype)
     x = normal(m, k)
-    dense = [reference.dequantize(one, scale, None, bits, dtype) for one in packed[:3]]
+    dense = [dequantize(one, scale, bits=bits, dtype=dtype) for one in packed[:3]]
 
     def calls(function: Callable[[Tensor], Any], weights: list[Tensor]) -> list[Callable[[], Any]]:
         return [lambda w=w: function(w) for w in weights]  # type: ignore[misc]
