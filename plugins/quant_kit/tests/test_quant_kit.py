@@ -1,40 +1,14 @@
-"""The quantization kit: packing, ranges, observers, the walk, and the LSQ+ deployment identity."""
+"""The quantization kit: ranges, observers, the walk, and the LSQ+ deployment identity."""
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
 from eff.errors import RunError
 from eff_quant_kit.layers import QuantLayer, execution_order, find_layers, reestimate_batch_norm, replace_module
 from eff_quant_kit.observers import minmax_affine, minmax_symmetric, mse_affine
-from eff_quant_kit.packing import pack_bits, unpack_bits
 from eff_quant_kit.quantizer import Quantizer, integer_range
-
-
-def test_codes_are_packed_little_endian():
-    # 3-bit codes 1, 2, 3: bits 100 010 110 from the least significant -> 0b11010001, 0b0
-    assert pack_bits(torch.tensor([1, 2, 3]), 3).tolist() == [0b11010001, 0]
-
-
-@settings(max_examples=60, deadline=None)
-@given(bits=st.integers(1, 8), data=st.data())
-def test_unpacking_gives_back_what_was_packed(bits, data):
-    codes = data.draw(st.lists(st.integers(0, 2**bits - 1), max_size=40))
-    packed = pack_bits(torch.tensor(codes, dtype=torch.int32), bits)
-    assert packed.numel() == -(-len(codes) * bits // 8)
-    assert unpack_bits(packed, bits, len(codes)).tolist() == codes
-
-
-def test_codes_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match=r"codes must be in \[0, 3\], got 0 to 4"):
-        pack_bits(torch.tensor([0, 4]), 2)
-    with pytest.raises(ValueError, match="1 bytes cannot hold 5 codes of 2 bits"):
-        unpack_bits(torch.zeros(1, dtype=torch.uint8), 2, 5)
-    with pytest.raises(ValueError, match="bits must be between 1 and 8, got 9"):
-        pack_bits(torch.tensor([0]), 9)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from eff.checkpoint import header_metadata
 from eff.exporting import make_header
 from eff.run import Run
+from eff_kernels.packing import pack_bits, unpack_bits
 from eff_quant_kit.layers import quant_layers
-from eff_quant_kit.packing import pack_bits, unpack_bits
 from eff_quant_kit.quantizer import Quantizer
 
 ENCODING = "quant-packed"

@@ -1,0 +1,79 @@
+"""codebook_matmul beside decoding and multiplying, and beside the dense product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from eff_kernels.bench import Case
+from eff_kernels.codebook_matmul import codebook_matmul, decode, reference
+from eff_kernels.codebook_matmul.library import OP
+
+N = K = 2048
+DIM = 4
+ENTRIES = 256
+
+
+def cases(device: torch.device) -> Iterator[Case]:
+    """Yield one row and many at 2 bits a weight, and training of x and the codebook."""
+    generator = torch.Generator().manual_seed(0)
+    for m, dtype, trains in [
+        (1, torch.float32, False), (1, torch.bfloat16, False), (256, torch.bfloat16, False), (256, torch.float32, True),
+    ]:  # fmt: skip
+        yield _case(m, dtype, trains, device, generator)
+
+
+def _case(m: int, dtype: torch.dtype, trains: bool, device: torch.device, generator: torch.Generator) -> Case:
+    def codes(_: int) -> Tensor:  # at 8 bits a byte is a code
+        return torch.randint(ENTRIES, (N, K // DIM), generator=generator, dtype=torch.uint8).to(device)
+
+    packed = [codes(index) for index in range(64)]  # beyond the caches, as 16 dense weights are
+    looked_up = [one.long() for one in packed[:16]]
+    codebook = torch.randn(ENTRIES, DIM, generator=generator).to(device, dtype).requires_grad_(trains)
+    x = torch.randn(m, K, generator=generator).to(device, dtype).requires_grad_(trains)
+    dense = [decode(one, codebook, bits=8) for one in packed[:16]]
+    ones = torch.ones(m, N, dtype=dtype, device=device)
+
+    def measured(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Any]:
+        return (lambda w: torch.autograd.grad(function(w), (x, codebook), ones)) if trains else function
+
+    def calls(function: Callable[[Tensor], Any], weights: list[Tensor]) -> list[Callable[[], Any]]:
+        return [lambda w=w: function(w) for w in weights]  # type: ignore[misc]
+
+    def decoded(code: Tensor) -> Tensor:
+        return F.linear(x, F.embedding(code, codebook).flatten(1))
+
+    name = str(dtype).removeprefix("torch.")
+    peers = {"decode + linear": calls(measured(decoded), looked_up)}
+    if not trains:
+        peers[f"dense {name} linear"] = calls(lambda w: F.linear(x, w), dense)
+    size = packed[0].numel() + codebook.numel() * codebook.element_size()
+    element = x.element_size()
+
+    def exact() -> Any:
+        if not trains:
+            return reference.forward(x, packed[0], codebook, 8)
+        d_x = reference.backward_x(ones, packed[0], codebook.detach(), 8)
+        return d_x, reference.backward_codebook(ones, x.detach(), packed[0], ENTRIES, 8)
+
+    return Case(
+        f"({m}, {K}) x ({N}, {K}), {ENTRIES} x {DIM}, {name}" + (", with backward" if trains else ""),
+        calls(measured(lambda p: codebook_matmul(x, p, codebook, bits=8)), packed), peers,
+        OP.choose(x).by(_way(m, dtype, device)), size + (m * K + m * N) * element, 2 * m * N * K * (3 if trains else 1),
+        name, exact, 1e-4 if dtype == torch.float32 else 2e-2,
+        {"eff": size, "decode + linear": size + N * K * element, f"dense {name} linear": N * K * element},
+    )  # fmt: skip
+
+
+def _way(m: int, dtype: torch.dtype, device: torch.device) -> str:
+    if device.type == "cpu":
+        from eff_kernels.codebook_matmul.cpu import product_dtype
+
+        return f"decoded in blocks, multiplied in {str(product_dtype(m, dtype)).removeprefix('torch.')}"
+    from eff_kernels.codebook_matmul.triton_kernel import way
+
+    return way(m, dtype)

@@ -1,0 +1,85 @@
+"""weight_only_matmul beside the dense product and torch's own 4-bit product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from eff_kernels.bench import Case
+from eff_kernels.packing import unpack_rows
+from eff_kernels.weight_only_matmul import dequantize, reference, weight_only_matmul
+from eff_kernels.weight_only_matmul.library import OP
+
+GROUP = 128
+
+
+def cases(device: torch.device) -> Iterator[Case]:
+    """Yield one row at 4 and 3 bits, and as many as make the product the limit."""
+    generator = torch.Generator().manual_seed(0)
+    many = 256 if device.type == "cpu" else 2048
+    for m, bits, dtype in [
+        (1, 4, torch.float32),
+        (1, 4, torch.bfloat16),
+        (1, 3, torch.bfloat16),
+        (16, 4, torch.bfloat16),
+        (many, 4, torch.bfloat16),
+    ]:
+        yield _case(m, bits, dtype, device, generator)
+
+
+def _case(m: int, bits: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Case:
+    n = k = 4096
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    def packed_weight(_: int) -> Tensor:  # any bytes are levels
+        return torch.randint(256, (n, k * bits // 8), generator=generator, dtype=torch.uint8).to(device)
+
+    size = n * k * bits // 8
+    packed = [packed_weight(index) for index in range(16)]  # beyond the caches, as three dense weights are
+    scale = (0.01 + torch.rand(n, k // GROUP, generator=generator) / 100).to(device, dtype)
+    x = normal(m, k)
+    dense = [dequantize(one, scale, bits=bits, dtype=dtype) for one in packed[:3]]
+
+    def calls(function: Callable[[Tensor], Any], weights: list[Tensor]) -> list[Callable[[], Any]]:
+        return [lambda w=w: function(w) for w in weights]  # type: ignore[misc]
+
+    name = str(dtype).removeprefix("torch.")
+    peers = {f"dense {name} linear": calls(lambda w: F.linear(x, w), dense)}
+    scale_bytes = scale.numel() * scale.element_size()
+    memory = {"eff": size + scale_bytes, f"dense {name} linear": n * k * x.element_size()}
+    if bits == 4 and dtype == torch.bfloat16:
+        peers["torch int4pack"] = _int4pack(x, packed[:3], scale)
+        memory["torch int4pack"] = size + 2 * scale_bytes
+    return Case(
+        f"({m}, {k}) x ({n}, {k}), {bits} bits, {name}",
+        calls(lambda p: weight_only_matmul(x, p, scale, bits=bits), packed), peers,
+        OP.choose(x).by(_way(m, dtype, device)), memory["eff"] + (m * k + m * n) * x.element_size(), 2 * m * n * k, name,
+        lambda: reference.forward(x, packed[0], scale, None, bits), 1e-5 if dtype == torch.float32 else 2e-2, memory,
+    )  # fmt: skip
+
+
+def _way(m: int, dtype: torch.dtype, device: torch.device) -> str:
+    if device.type == "cpu":
+        from eff_kernels.weight_only_matmul.cpu import product_dtype
+
+        return f"dequantized in blocks, multiplied in {str(product_dtype(m, dtype)).removeprefix('torch.')}"
+    from eff_kernels.weight_only_matmul.triton_kernel import way
+
+    return way(m, dtype)
+
+
+def _int4pack(x: Tensor, packed: list[Tensor], scale: Tensor) -> list[Callable[[], Any]]:
+    """Return torch's product on its own layout, made before: (level - 8) * scale + 0."""
+    scales = torch.stack([scale, torch.zeros_like(scale)], -1).transpose(0, 1).contiguous()
+    levels = [unpack_rows(one, 4) for one in packed]
+    if x.is_cuda:
+        tiles = [torch._convert_weight_to_int4pack(one[:, ::2] << 4 | one[:, 1::2], 8) for one in levels]
+        return [lambda w=w: torch._weight_int4pack_mm(x, w, GROUP, scales) for w in tiles]  # type: ignore[misc]
+    tiles = [torch._convert_weight_to_int4pack_for_cpu(one.int(), 2) for one in levels]
+    return [lambda w=w: torch._weight_int4pack_mm_for_cpu(x, w, GROUP, scales) for w in tiles]  # type: ignore[misc]
