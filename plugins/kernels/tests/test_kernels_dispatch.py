@@ -34,7 +34,11 @@ def test_a_path_can_be_forced(path, monkeypatch):
 
 def rows(ours, **peers):
     times = {"eff": ours, **peers}
-    return [Row("op", "case", name, time, time / ours, None, None, "cpu", None) for name, time in times.items()]
+    kinds = {"eff": "ours", "bound": "bound"}
+    return [
+        Row("op", "case", name, kinds.get(name, "peer"), time, time / ours, None, None, "cpu", None)
+        for name, time in times.items()
+    ]
 
 
 def test_a_slower_path_is_never_called_faster():
@@ -42,6 +46,7 @@ def test_a_slower_path_is_never_called_faster():
     assert verdict(rows(1.0, a=3.0, b=2.0)) == "2.00x faster than b"
     assert verdict(rows(1.0, a=1.04)) == "as fast as a"
     assert verdict(rows(1.0)) == ""
+    assert verdict(rows(1.0, a=3.0, bound=0.1)) == "3.00x faster than a"
 
 
 def test_nan_and_differences_are_errors():

@@ -51,6 +51,8 @@ class Case:
     """Largest difference from the reference, relative to its largest value."""
     memory: Mapping[str, int] = field(default_factory=dict)
     """Bytes that an implementation ("eff" or a peer) keeps or needs at most, where that is the point."""
+    bounds: Mapping[str, Calls] = field(default_factory=dict)
+    """Calls that do less than ours, to see what the rest costs; no peers."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Row:
     op: str
     case: str
     implementation: str
+    kind: str
+    """ours, peer or bound."""
     milliseconds: float
     over_ours: float
     """Time over that of our own path: above 1, ours is faster."""
@@ -249,12 +253,13 @@ def _sample(calls: Calls, device: torch.device, seconds: float) -> list[float]:
 def _measure(op: str, case: Case, limits: Limits, seconds: float) -> list[Row]:
     error = None if case.reference is None else largest_error(case.ours[0](), case.reference())
     right = error is None or error <= case.tolerance
-    times = _median_ms({"eff": case.ours, **case.peers}, limits.device, seconds)
+    times = _median_ms({"eff": case.ours, **case.peers, **case.bounds}, limits.device, seconds)
     least = limits.least_ms(case)
     path = case.choice.path if right else "wrong"
+    kinds = {"eff": "ours", **dict.fromkeys(case.bounds, "bound")}
     return [
         Row(
-            op, case.name, name, time, time / times["eff"], least / time if least else None, case.memory.get(name),
+            op, case.name, name, kinds.get(name, "peer"), time, time / times["eff"], least / time if least else None, case.memory.get(name),
             path if name == "eff" else "", error if name == "eff" else None,
         )
         for name, time in times.items()
@@ -276,7 +281,7 @@ def largest_error(found: Any, expected: Any) -> float:
 
 def verdict(rows: Sequence[Row]) -> str:
     """Say how ours stands against the best peer of a case: never a speed-up where it is slower."""
-    peers = [row for row in rows if row.implementation != "eff"]
+    peers = [row for row in rows if row.kind == "peer"]
     if any(row.path == "wrong" for row in rows):
         return "WRONG"
     if not peers:
@@ -301,7 +306,7 @@ def _show(rows: Sequence[Row], limits: Limits, threads: int) -> None:
             memory = [("" if row.memory is None else f"{row.memory / 1e6:.3g}")] if with_memory else []
             names = [row.op, row.case] if not index else ["", ""]
             table.append(
-                [*names, row.implementation, f"{row.milliseconds:.3g}", f"{row.over_ours:.2f}", limit, *memory,
+                [*names, row.implementation + (" (does less)" if row.kind == "bound" else ""), f"{row.milliseconds:.3g}", f"{row.over_ours:.2f}", limit, *memory,
                  verdict(case) if not index else ""]
             )  # fmt: skip
     rates = "".join(f", {kind} products {rate / 1e9:.0f} GFLOP/s" for kind, rate in limits.products.items())
