@@ -272,3 +272,43 @@ def test_forcing_triton_where_it_cannot_run_says_why(monkeypatch, dtype, message
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match=message):
         fake_quant(torch.ones(2, dtype=dtype), torch.tensor(1.0), -8, 7)
+
+
+@pytest.mark.parametrize("with_offset", [False, True])
+@pytest.mark.parametrize(("shape", "group"), [((3, 12), 4), ((2, 5, 6), 3), ((8,), 8), ((4, 6), 1), ((700, 256), 128)])
+def test_groups_are_tensors_of_their_own(path, shape, group, with_offset):
+    """Each run of `group` elements has the values and gradients of that run alone with its scale."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+    many = (*shape[:-1], shape[-1] // group)
+    scale = (0.1 + torch.rand(many, generator=generator, dtype=torch.float64)).requires_grad_()
+    offset = torch.randn(many, generator=generator, dtype=torch.float64).requires_grad_() if with_offset else None
+    weights = torch.randn(shape, generator=generator, dtype=torch.float64)
+    out = fake_quant(x, scale, -8, 7, offset=offset, group_size=group, grad_scale=0.5)
+    (out * weights).sum().backward()
+    runs, d_scale = x.detach().view(-1, group), scale.grad.view(-1)
+    for index in range(0, len(runs), max(1, len(runs) // 20)):
+        alone = [t.detach().view(-1)[index].clone().requires_grad_() for t in (scale, offset) if t is not None]
+        run = runs[index].clone().requires_grad_()
+        one = fake_quant(run, alone[0], -8, 7, offset=alone[1] if with_offset else None, grad_scale=0.5)
+        torch.testing.assert_close(out.view(-1, group)[index], one)
+        (one * weights.view(-1, group)[index]).sum().backward()
+        torch.testing.assert_close(x.grad.view(-1, group)[index], run.grad)
+        torch.testing.assert_close(d_scale[index], alone[0].grad)
+        if with_offset:
+            torch.testing.assert_close(offset.grad.view(-1)[index], alone[1].grad)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"group_size": 2}, "group_size is 2, expected a divisor of the last dimension of"),
+        ({"group_size": 0}, "group_size is 0, expected a divisor"),
+        ({"group_size": 3, "axis": 0}, "axis 0 and group_size 3 are both given"),
+        ({"group_size": 3}, r"scale must have shape \(2, 1\), got \(\)"),
+    ],
+)
+def test_groups_that_do_not_fit_are_refused(change, message):
+    arguments = {"x": torch.ones(2, 3), "scale": torch.tensor(1.0), "q_min": -8, "q_max": 7, **change}
+    with pytest.raises(ValueError, match=message):
+        fake_quant(**arguments)

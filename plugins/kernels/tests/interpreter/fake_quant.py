@@ -87,3 +87,10 @@ def test_channels_last_keeps_its_strides_and_values(dim):
     x, g, scale = x.to(DEVICE), g.to(DEVICE), scale.to(DEVICE)
     assert triton_kernel.forward(x, scale, None, -8, 7, dim).stride() == x.stride()
     assert triton_kernel.backward(g, x, scale, None, -8, 7, dim)[0].stride() == x.stride()
+
+
+@pytest.mark.parametrize("group", [1, 31, 32, 33, 128])
+def test_groups_as_rows(group):
+    generator = torch.Generator().manual_seed(0)
+    x, g = (torch.randn(6, group, generator=generator) for _ in range(2))
+    compare(x, g, 0.1 + torch.rand(6, generator=generator), torch.randn(6, generator=generator), 0)

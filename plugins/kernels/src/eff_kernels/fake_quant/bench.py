@@ -58,3 +58,27 @@ def cases(device: torch.device) -> Iterator[Case]:
         20 * SIZE,
         reference=lambda: reference.backward(ones, inputs[0].detach(), *arguments)[:2], tolerance=1e-3,
     )  # fmt: skip
+    yield _groups(device)
+
+
+def _groups(device: torch.device) -> Case:
+    """A weight (4096, 1024) with groups of 128."""
+    generator = torch.Generator().manual_seed(0)
+    weights = buffers(lambda _: torch.randn(4096, 1024, generator=generator).to(device), 4 * SIZE)
+    scale = torch.full((4096, 8), 0.2, device=device)
+
+    def ours(x: Tensor) -> Tensor:
+        return fake_quant(x, scale, -8, 7, group_size=128)
+
+    def equations(x: Tensor) -> Tensor:
+        s = scale[..., None]
+        return ((x.view(4096, 8, 128) / s).clamp(-8, 7).round() * s).view_as(x)
+
+    def calls(function: Callable[[Tensor], Tensor]) -> list[Callable[[], Any]]:
+        return [lambda x=x: function(x) for x in weights]  # type: ignore[misc]
+
+    return Case(
+        "forward, groups of 128, 4096 x 1024 float32", calls(ours),
+        {"eager": calls(equations), "torch.compile": calls(torch.compile(equations))}, OP.choose(weights[0]), 8 * SIZE,
+        reference=lambda: equations(weights[0]), tolerance=1e-6,
+    )  # fmt: skip

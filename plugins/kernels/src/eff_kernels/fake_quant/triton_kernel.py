@@ -6,12 +6,16 @@ second kernel adds them in a fixed order. The result does not depend on scheduli
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 BLOCK = 1024
+SMALLEST_BLOCK = 32
+"""Of a backward program where a channel or group has few elements."""
 MAX_PARTS = 512
 """Partial sums per channel at most; bounds the second stage."""
 
@@ -125,7 +129,8 @@ def backward(
     x, grad, scale = x.permute(order).contiguous(), grad.permute(order).contiguous(), scale.contiguous()
     outer, channels, inner = _view(x, order.index(dim) if dim >= 0 else dim)
     per_channel = outer * inner
-    blocks = triton.cdiv(per_channel, BLOCK)
+    block = min(BLOCK, max(SMALLEST_BLOCK, triton.next_power_of_2(per_channel)))
+    blocks = triton.cdiv(per_channel, block)
     blocks_per_part = triton.cdiv(blocks, MAX_PARTS)
     parts = triton.cdiv(blocks, blocks_per_part)
     part_scale = torch.empty(channels, parts, dtype=torch.float32, device=x.device)
@@ -133,7 +138,7 @@ def backward(
     beta = scale if offset is None else offset.contiguous()
     backward_kernel[(channels, parts)](
         grad, x, scale, beta, d_x, part_scale, part_offset, per_channel, channels, inner, blocks_per_part,
-        Q_MIN=q_min, Q_MAX=q_max, HAS_OFFSET=offset is not None, BLOCK_SIZE=BLOCK,
+        Q_MIN=q_min, Q_MAX=q_max, HAS_OFFSET=offset is not None, BLOCK_SIZE=block,
     )  # fmt: skip
     width = triton.next_power_of_2(parts)
     sum_parts_kernel[(channels,)](part_scale, d_scale, parts, BLOCK_SIZE=width)
@@ -143,21 +148,29 @@ def backward(
 
 
 _POINTERS = {"x_ptr": "*fp32", "scale_ptr": "*fp32", "offset_ptr": "*fp32"}
-_RANGE = {"Q_MIN": -8, "Q_MAX": 7, "HAS_OFFSET": True, "BLOCK_SIZE": BLOCK}
+_DTYPES = ("*fp32", "*fp16", "*bf16")
+
+
+def _range(has_offset: bool, block: int = BLOCK) -> dict[str, Any]:
+    return {"Q_MIN": -8, "Q_MAX": 7, "HAS_OFFSET": has_offset, "BLOCK_SIZE": block}
+
+
 AHEAD_OF_TIME = {
     forward_kernel: [
-        ({**_POINTERS, "x_ptr": kind, "out_ptr": kind, "size": "i64", "channels": "i32", "inner": "i64"}, _RANGE)
-        for kind in ("*fp32", "*fp16", "*bf16")
+        ({**_POINTERS, "x_ptr": kind, "out_ptr": kind, "size": size, "channels": "i32", "inner": size}, _range(has_offset))
+        for kind in _DTYPES
+        for size, has_offset in (("i64", True), ("i32", False))
     ],
     backward_kernel: [
         (
             {
                 "grad_ptr": kind, **_POINTERS, "x_ptr": kind, "dx_ptr": kind, "part_scale_ptr": "*fp32",
-                "part_offset_ptr": "*fp32", "per_channel": "i64", "channels": "i32", "inner": "i64", "blocks_per_part": "i32",
+                "part_offset_ptr": "*fp32", "per_channel": size, "channels": "i32", "inner": size, "blocks_per_part": "i32",
             },
-            _RANGE,
+            _range(has_offset, block),
         )
-        for kind in ("*fp32", "*fp16", "*bf16")
+        for kind in _DTYPES
+        for size, has_offset, block in (("i64", True, BLOCK), ("i32", False, 128))
     ],
     sum_parts_kernel: [({"part_ptr": "*fp32", "out_ptr": "*fp32", "parts": "i32"}, {"BLOCK_SIZE": 512})],
 }  # fmt: skip
