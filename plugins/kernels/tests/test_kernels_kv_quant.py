@@ -1,0 +1,215 @@
+"""kv_quant against the card's formulas in numpy, softmax attention in float64, and the bytes as computed."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eff_kernels.kv_quant import cpu, kv_attention, kv_dequantize, kv_quantize, reference
+from eff_kernels.kv_quant.cache import pack, unpack
+from eff_kernels.kv_quant.library import attend_op
+from eff_kernels.packing import pack_bits
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def path(request, monkeypatch):
+    monkeypatch.setenv("EFF_KERNELS", request.param)
+    return request.param
+
+
+def random(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def some(batch, heads, length, count, seed=0):
+    """Return `count` positions of each head."""
+    return torch.rand(batch, heads, length, generator=torch.Generator().manual_seed(seed)).argsort(-1)[..., :count]
+
+
+def made(batch=2, heads=3, length=20, dim=8, count=12, bits=(4, 2), dtype=torch.float32):
+    keys, values = (
+        random(batch, heads, length, dim, dtype=dtype),
+        random(batch, heads, length, dim, seed=1, dtype=dtype),
+    )
+    salient = some(batch, heads, length, count)
+    return keys, values, salient, kv_quantize(keys, values, salient, bits)
+
+
+def by_card(keys, values, salient, bits):
+    """The card's quantizers in numpy, one token and one channel after another."""
+    keys, values = keys.double().numpy(), values.double().numpy()
+    batch, heads, length, dim = keys.shape
+    channel = np.sqrt(np.abs(values).max(axis=(0, 2)))
+    out_k, out_v = np.zeros_like(keys), np.zeros_like(values)
+    for part, width in enumerate(bits):
+        index = [[sorted(set(range(length)) - set(salient[b, h].tolist())) if part else salient[b, h].tolist()
+                  for h in range(heads)] for b in range(batch)]  # fmt: skip
+        n, levels = len(index[0][0]), 2**width - 1
+        for h in range(heads):
+            for d in range(dim):
+                column = np.array([keys[b, h, t, d] for b in range(batch) for t in index[b][h]])
+                if n:
+                    step = (column.max() - column.min()) / levels or 1.0
+                    for b in range(batch):
+                        for t in index[b][h]:
+                            out_k[b, h, t, d] = np.round((keys[b, h, t, d] - column.min()) / step) * step + column.min()
+        for b in range(batch):
+            for i in range(n):
+                row = np.concatenate([values[b, h, index[b][h][i]] / channel[h] for h in range(heads)])
+                step = (row.max() - row.min()) / levels or 1.0
+                for h in range(heads):
+                    t = index[b][h][i]
+                    code = np.round((values[b, h, t] / channel[h] - row.min()) / step)
+                    out_v[b, h, t] = channel[h] * (code * step + row.min())
+    return torch.from_numpy(out_k), torch.from_numpy(out_v)
+
+
+@pytest.mark.parametrize("bits", [(4, 2), (8, 4), (2, 2)])
+@pytest.mark.parametrize("count", [0, 7, 20])
+def test_a_cache_is_quantized_as_the_card_says(bits, count):
+    keys, values, salient, cache = made(count=count, bits=bits)
+    for found, expected in zip(kv_dequantize(cache), by_card(keys, values, salient, bits), strict=True):
+        # A value in the middle of two levels may fall to either in float32; no value here is.
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_salient_tokens_are_closer_to_what_they_were():
+    keys, _, salient, cache = made(length=200, count=100)
+    error = (kv_dequantize(cache)[0] - keys).abs().mean(-1)
+    is_salient = torch.zeros(2, 3, 200, dtype=torch.bool).scatter_(2, salient, True)
+    assert float(error[is_salient].mean()) < 0.5 * float(error[~is_salient].mean())
+
+
+@pytest.mark.parametrize(("length", "dim", "count"), [(20, 8, 12), (33, 16, 0), (7, 4, 7), (50, 64, 30)])
+def test_the_bytes_are_those_computed(length, dim, count):
+    batch, heads = 2, 3
+    cache = made(batch, heads, length, dim, count)[3]
+    codes = 2 * batch * heads * dim * (count * 4 + (length - count) * 2) // 8
+    parts = len(cache.parts)
+    parameters = heads * dim + parts * 2 * heads * dim + 2 * batch * length  # channel; keys; values
+    assert cache.nbytes == codes + 4 * parameters
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_codes_are_packed_as_all_others(bits):
+    codes = torch.randint(0, 2**bits, (3, 5, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    assert torch.equal(pack(codes, bits).flatten(), pack_bits(codes, bits))
+    assert torch.equal(unpack(pack(codes, bits), bits), codes)
+
+
+def attention(query, keys, values, scale=None):
+    """Softmax attention in float64; grouped queries."""
+    query, keys, values = (x.double() for x in (query, keys, values))
+    group = query.shape[1] // keys.shape[1]
+    keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
+    return torch.softmax(query @ keys.mT * (query.shape[-1] ** -0.5 if scale is None else scale), -1) @ values
+
+
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize(("length", "count"), [(1, 0), (1, 1), (20, 12), (300, 100), (257, 0), (600, 600)])
+def test_attention_is_that_over_the_dequantized_cache(path, length, count, group):
+    cache = made(length=length, count=count)[3]
+    query = random(2, 3 * group, 2, 8, seed=2)
+    expected = attention(query, *kv_dequantize(cache))
+    torch.testing.assert_close(kv_attention(query, cache).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_recent_tokens_and_a_scale_count(path):
+    cache = made()[3]
+    query, recent = random(2, 6, 1, 8, seed=2), (random(2, 3, 5, 8, seed=3), random(2, 3, 5, 8, seed=4))
+    joined = [torch.cat(pair, 2) for pair in zip(kv_dequantize(cache), recent, strict=True)]
+    found = kv_attention(query, cache, recent, scale=0.7)
+    torch.testing.assert_close(found.double(), attention(query, *joined, scale=0.7), rtol=1e-4, atol=1e-5)
+    none = tuple(x[:, :, :0] for x in recent)
+    assert torch.equal(kv_attention(query, cache, none), kv_attention(query, cache))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    length=st.integers(1, 40), block=st.integers(1, 50), bits=st.sampled_from([2, 4, 8]), factor=st.sampled_from([1.0, 100.0]),
+    seed=st.integers(0, 50),
+)  # fmt: skip
+def test_blocks_of_any_size_give_the_reference(length, block, bits, factor, seed):
+    """Also where scores are so large that the softmax is nearly a maximum."""
+    keys, values = random(1, 2, length, 8, seed=seed), random(1, 2, length, 8, seed=seed + 1)
+    part = kv_quantize(keys, values, some(1, 2, length, length), (bits, bits)).parts[0]
+    arguments = (factor * random(1, 2, 3, 8, seed=seed + 2), *part.tensors(), torch.rand(2, 8) + 0.5, bits)
+    before = cpu.BLOCK
+    cpu.BLOCK = block
+    try:
+        own = cpu.attend(*arguments)
+    finally:
+        cpu.BLOCK = before
+    for found, expected in zip(own, reference.attend(*arguments), strict=True):
+        torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_comes_back_in_half_precision(dtype):
+    cache = made(dtype=dtype)[3]
+    query = random(2, 3, 1, 8, seed=2, dtype=dtype)
+    found = kv_attention(query, cache)
+    assert found.dtype == dtype and kv_dequantize(cache)[0].dtype == dtype
+    torch.testing.assert_close(found.double(), attention(query, *kv_dequantize(cache)), rtol=2e-2, atol=2e-2)
+
+
+def test_channels_of_zeros_and_equal_tokens_stay_finite():
+    keys = torch.ones(1, 1, 6, 4)
+    values = torch.zeros(1, 1, 6, 4)
+    cache = kv_quantize(keys, values, some(1, 1, 6, 3))
+    found_k, found_v = kv_dequantize(cache)
+    assert torch.equal(found_k, keys) and torch.equal(found_v, values)
+
+
+def test_the_operator_is_registered_properly():
+    keys, values, _, cache = made()
+    torch.library.opcheck(attend_op, (random(2, 3, 2, 8), *cache.parts[0].tensors(), cache.channel, 4))
+
+
+def test_it_works_under_compile():
+    cache = made()[3]
+    query = random(2, 6, 1, 8, seed=2)
+    compiled = torch.compile(lambda q: kv_attention(2 * q, cache), backend="aot_eager")
+    torch.testing.assert_close(compiled(query), kv_attention(2 * query, cache))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"keys": torch.ones(1, 1, 3, 4).double()}, TypeError, "kv_quantize: keys is float64, expected float32"),
+        ({"values": torch.ones(1, 1, 3, 8)}, ValueError, r"values has shape \(1, 1, 3, 8\), expected \(1, 1, 3, 4\)"),
+        (
+            {"keys": torch.ones(1, 1, 3, 6), "values": torch.ones(1, 1, 3, 6)},
+            ValueError,
+            "6 channels, expected a multiple of 4",
+        ),
+        ({"keys": torch.ones(1, 1, 0, 4), "values": torch.ones(1, 1, 0, 4)}, ValueError, "keys is empty"),
+        ({"values": torch.full((1, 1, 3, 4), math.nan)}, ValueError, "values hold NaN or infinity"),
+        ({"salient": torch.tensor([[[0, 3]]])}, ValueError, "salient has positions outside 0 to 2"),
+        ({"salient": torch.tensor([[[1, 1]]])}, ValueError, "salient names a position twice"),
+        ({"salient": torch.tensor([[0, 1]])}, ValueError, r"salient has shape \(1, 2\), expected \(1, 1, n\)"),
+        ({"salient": torch.tensor([[[0.5]]])}, TypeError, "salient is float32, expected int64"),
+        ({"bits": (4, 3)}, ValueError, "bits is 3, expected one of 2, 4, 8"),
+    ],
+)
+def test_a_cache_that_cannot_be_made_is_refused(change, error, message):
+    given = {"keys": torch.ones(1, 1, 3, 4), "values": torch.ones(1, 1, 3, 4), "salient": torch.tensor([[[0, 2]]])}
+    with pytest.raises(error, match=message):
+        kv_quantize(**{**given, **change})
+
+
+@pytest.mark.parametrize(
+    ("query", "recent", "message"),
+    [
+        (torch.ones(2, 4, 1, 8), None, "query has 4 heads, expected a multiple of the cache's 3"),
+        (torch.ones(2, 3, 1, 4), None, r"query has shape \(2, 3, 1, 4\), expected \(2, query heads, queries, 8\)"),
+        (torch.ones(2, 3, 0, 8), None, "query is empty"),
+        (torch.ones(2, 3, 1, 8), (torch.ones(2, 1, 5, 8),) * 2, r"recent keys has shape \(2, 1, 5, 8\)"),
+    ],
+)
+def test_a_query_that_does_not_fit_is_refused(query, recent, message):
+    with pytest.raises(ValueError, match=message):
+        kv_attention(query, made()[3], recent)
