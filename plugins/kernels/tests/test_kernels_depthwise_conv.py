@@ -113,6 +113,8 @@ def test_every_way_gives_the_same_for_any_shape(shape, kernel, dilation, last, w
         ((8, 16, 28, 28), 13, 1, True, cpu.AS_IT_LIES),
         ((8, 96, 28, 28), 15, 1, False, cpu.CHANNELS_LAST),
         ((8, 96, 28, 28), 3, 2, False, cpu.CHANNELS_LAST),
+        ((8, 96, 28, 28), 3, 7, False, cpu.CHANNELS_LAST),
+        ((1, 8, 99, 99), 3, 20, False, cpu.CHANNELS_LAST),
         ((8, 96, 28, 28), 5, 5, False, cpu.WRITTEN_OUT),
         ((1, 16, 112, 112), 31, 1, False, cpu.FOURIER),
     ],

@@ -9,7 +9,6 @@ format and the kernel; `cpu.way` has the rule.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -26,6 +26,8 @@ def way(x: Tensor, kernel: int, dilation: int) -> str:
     """Return how the convolution is done."""
     span = dilation * (kernel - 1) + 1
     channels_last = not x.is_contiguous()
+    if kernel == 3 and dilation > 1:
+        return CHANNELS_LAST  # nine taps are few, wherever they lie
     if span * min(x.shape[2:]) >= FOURIER_WORK:
         return FOURIER
     if span >= LARGE:
@@ -90,14 +92,15 @@ def fourier(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Te
     kernel = x.new_zeros(len(weight), *size)
     kernel[:, rows, columns] = weight[:, 0]
     spectrum = torch.fft.rfft2(x.contiguous(), s=size).mul_(torch.fft.rfft2(kernel).conj())
-    y = torch.fft.irfft2(spectrum, s=size)[..., :height, :width]
+    y: Tensor = torch.fft.irfft2(spectrum, s=size)[..., :height, :width]
     return y.contiguous() if bias is None else y + bias[:, None, None]
 
 
 def _fourier_weight_gradient(dy: Tensor, x: Tensor, kernel: int, dilation: int) -> Tensor:
     size, rows, columns = _circle(x, kernel, dilation)
     spectrum = torch.fft.rfft2(x.contiguous(), s=size).mul_(torch.fft.rfft2(dy.contiguous(), s=size).conj())
-    return torch.fft.irfft2(spectrum.sum(0), s=size)[:, rows, columns].unsqueeze(1)
+    taps: Tensor = torch.fft.irfft2(spectrum.sum(0), s=size)[:, rows, columns]
+    return taps.unsqueeze(1)
 
 
 def _circle(x: Tensor, kernel: int, dilation: int) -> tuple[list[int], Tensor, Tensor]:
