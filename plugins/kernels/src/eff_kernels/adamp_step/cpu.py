@@ -17,6 +17,8 @@ from eff_kernels.adamp_step.projection import project_and_decay_, subtract_
 _HALF = (torch.float16, torch.bfloat16)
 PIECE = 1 << 16
 """Elements of a piece; with states and buffers 1.5 MB in float32."""
+PORTION = 1 << 16
+"""Elements of small weights that one round of operations covers on the CPU; with states and temporaries about 2 MB."""
 
 
 def adamp_step_(
@@ -36,17 +38,32 @@ def adamp_step_(
         return
     lists = [params, grads, exp_avgs, exp_avg_sqs, counts]
     options = (lr, betas, eps, weight_decay, delta, wd_ratio, nesterov)
-    in_pieces = [
-        index for index, weight in enumerate(params) if _goes_in_pieces(*(list_[index] for list_ in lists[:4]))
-    ]
-    if in_pieces:
-        buffers: tuple[Tensor, Tensor] | None = None
-        for index in in_pieces:
+    together, buffers = [], None
+    for index, weight in enumerate(params):
+        if _goes_in_pieces(weight, grads[index], exp_avgs[index], exp_avg_sqs[index]):
             buffers = _step_in_pieces(*(list_[index] for list_ in lists), *options, buffers)
-        rest = [index for index in range(len(params)) if index not in set(in_pieces)]
-        lists = [[list_[index] for index in rest] for list_ in lists]
-    if lists[0]:
-        _step_together(*lists, *options)
+        else:
+            together.append(index)
+    for portion in portions([params[index] for index in together]):
+        _step_together(*([list_[together[place]] for place in portion] for list_ in lists), *options)
+
+
+def portions(params: Sequence[Tensor]) -> list[list[int]]:
+    """Return the places of weights to handle together, in order: on the CPU of not more than `PORTION` elements.
+
+    Each operation goes over all weights of a portion, so what does not fit the cache is read from memory again and
+    again; an accelerator wants few launches instead, and a compiled graph is fused.
+    """
+    found: list[list[int]] = []
+    room = 0
+    for place, weight in enumerate(params):
+        is_full = weight.device.type == "cpu" and weight.numel() > room and not torch.compiler.is_compiling()
+        if not found or is_full:
+            found.append([])
+            room = PORTION
+        found[-1].append(place)
+        room -= weight.numel()
+    return found
 
 
 def _step_together(
