@@ -139,6 +139,35 @@ def test_it_works_under_compile():
     torch.testing.assert_close(lists[0], eager[0])
 
 
+@pytest.mark.parametrize("path", ["reference", "cpu"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_shows_in_the_weights(path, value, monkeypatch):
+    """One entry of one row; nothing is projected then, as a comparison with NaN is false."""
+    monkeypatch.setenv("EFF_KERNELS", path)
+    lists = state(shapes=((300, 260), (4, 5), (3,)), orthogonal=True)
+    for grad in lists[1]:
+        grad.view(-1)[0] = value
+    expected = by_loop(*copied(lists), **OPTIONS)
+    adamp_step_(*lists, **OPTIONS)
+    for w, row in zip(lists[0], expected, strict=True):
+        assert w.view(-1)[0].isnan() and w.isnan().sum() == 1 and row[3] == 1.0
+        torch.testing.assert_close(w.double(), row[0], rtol=2e-5, atol=2e-5, equal_nan=True)
+
+
+def test_without_a_kernel_no_weight_is_waited_for():
+    """On such a device the host must not decide anything: on "meta" a decision would raise."""
+    meta = [[tensor.to("meta") for tensor in tensors] for tensors in state()[:4]]
+    adamp_step_(*meta, [1.0] * len(SHAPES), **OPTIONS)
+
+
+def test_a_rate_may_be_a_tensor():
+    lists = state()
+    expected = copied(lists)
+    adamp_step_(*lists, **{**OPTIONS, "lr": torch.tensor(0.01, dtype=torch.float64)})
+    adamp_step_(*expected, **OPTIONS)
+    assert all(torch.equal(found, wanted) for found, wanted in zip(lists[0], expected[0], strict=True))
+
+
 def test_nothing_to_do_is_no_error():
     adamp_step_([], [], [], [], [], lr=0.1)
 
@@ -164,6 +193,12 @@ def one(**change):
         ),
         ({"betas": (1.0, 0.9)}, ValueError, r"betas\[0\] is 1.0, expected at least 0 and below 1"),
         ({"wd_ratio": 2.0}, ValueError, "wd_ratio is 2.0, expected 0 to 1"),
+        ({"eps": 0.0}, ValueError, "eps is 0.0, expected above 0"),
+        ({"delta": math.nan}, ValueError, "delta is nan, expected above 0"),
+        ({"lr": -1.0}, ValueError, "lr is -1.0, expected 0 to inf"),
+        ({"lr": torch.tensor(math.nan)}, ValueError, "lr is nan, expected 0 to inf"),
+        ({"weight_decay": -0.1}, ValueError, "weight_decay is -0.1, expected 0 to inf"),
+        ({"counts": [0.0]}, ValueError, r"counts\[0\] is 0.0, expected at least 1: this step is counted"),
     ],
 )
 def test_wrong_arguments_are_refused_and_nothing_changes(change, error, message):

@@ -32,6 +32,13 @@ def test_a_path_can_be_forced(path, monkeypatch):
     assert op.implementation(torch.ones(1)).__name__ == f"eff_kernels.fake_quant.{path}"
 
 
+@pytest.mark.parametrize("path", ["reference", "cpu"])
+def test_an_op_says_what_runs_where_there_is_no_kernel(path, monkeypatch):
+    monkeypatch.delenv("EFF_KERNELS", raising=False)
+    choice = Op("fake_quant", without_kernel=path).choose(torch.ones(1, device="meta"))
+    assert (choice.path, choice.reason) == (path, "no kernel of fake_quant for torch.float32 on meta")
+
+
 def rows(ours, **peers):
     times = {"eff": ours, **peers}
     kinds = {"eff": "ours", "bound": "bound"}

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from eff_kernels.partial_linear import partial_linear
+from eff_kernels.partial_linear.bench import RANK, kept_bytes, peft_layer
 from eff_kernels.partial_linear.library import partial_linear_op
 
 # One product each: half dtypes round their results once.
@@ -75,23 +76,27 @@ def test_gradients_hold_numerically():
         step = torch.zeros_like(p)
         step[row, column] = 1e-6
         difference = Written.apply(x, p + step, bias) - Written.apply(x, p - step, bias)
-        assert float((difference * dy).sum() / 2e-6) == pytest.approx(float(dp[row, column]), rel=1e-6)
-
-
-def kept_bytes(function):
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        function()
-    return sum(t.numel() * t.element_size() for t in kept if not isinstance(t, torch.nn.Parameter))
+        assert float((difference * dy).sum().detach() / 2e-6) == pytest.approx(
+            float(dp[row, column].detach()), rel=1e-6
+        )
 
 
 def test_only_the_chosen_columns_of_the_input_are_kept():
     x, weight, p, index, bias = arguments((100, 64), 32, 4)
     weight = torch.nn.Parameter(weight, requires_grad=False)
-    assert kept_bytes(lambda: partial_linear(x, weight, p, index, bias)) == 100 * 4 * 4
+    assert kept_bytes(lambda: partial_linear(x, weight, p, index, bias), weight) == 100 * 4 * 4
     trained = torch.nn.Parameter(weight.clone())
-    assert kept_bytes(lambda: F.linear(x, trained, bias)) >= 100 * 64 * 4
-    assert kept_bytes(lambda: partial_linear(x, weight, p.detach(), index)) == 0  # nothing is trained here
+    assert kept_bytes(lambda: F.linear(x, trained, bias), trained) == 100 * 64 * 4
+    assert kept_bytes(lambda: partial_linear(x, weight, p.detach(), index), weight) == 0  # nothing is trained here
+
+
+def test_lora_of_peft_keeps_the_whole_input_and_its_product():
+    pytest.importorskip("peft", reason="needs peft")
+    x, weight, *_ = arguments((100, 64), 32, 4)
+    layer = peft_layer(weight)
+    y = F.linear(x, weight)
+    torch.testing.assert_close(layer(x), y)  # at the start
+    assert kept_bytes(lambda: layer(x), weight, *layer.parameters()) == 100 * (64 + RANK) * 4
 
 
 def test_a_weight_that_can_be_made_again_is_not_kept():
@@ -156,6 +161,8 @@ def test_it_works_under_compile():
         ({"index": torch.tensor([], dtype=torch.int64)}, ValueError, "index 0 entries, expected at least one"),
         ({"p": torch.ones(4, 3)}, ValueError, r"p has shape \(4, 3\), expected \(4, 2\)"),
         ({"bias": torch.ones(3)}, ValueError, r"bias has shape \(3,\), expected \(4,\)"),
+        ({"bias": torch.ones(4).int()}, TypeError, "bias is int32, expected float32"),
+        ({"bias": torch.ones(4, device="meta")}, ValueError, "bias is on meta, x on cpu; expected one device"),
         ({"p": torch.ones(4, 2, device="meta")}, ValueError, "p is on meta, x on cpu; expected one device"),
     ],
 )

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eff_kernels.sparsify import cpu, densify, dgc_step_, reference, sparsify
+from eff_kernels.sparsify import cpu, densify, dgc_step, dgc_step_, reference, sparsify
 from eff_kernels.sparsify.library import accumulate_op, sparsify_op
 from eff_kernels.sparsify.plan import make_plan
 
@@ -128,6 +128,32 @@ def test_without_momentum_nothing_is_lost():
         total += gradient
         sent += densify(*dgc_step_(gradient, u, v, 0.02, momentum=0.0), (2000,))
     torch.testing.assert_close(sent + v, total)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("step", [dgc_step, dgc_step_])
+def test_a_gradient_that_is_not_finite_changes_nothing(path, step, value):
+    """It would stay in the momentum for good; left out, the next step is as if it had not been."""
+    u, v, gradient = random(3, 700), random(3, 700, seed=1), random(3, 700, seed=2)
+    kept = u.clone(), v.clone()
+    gradient[1, 5] = value
+    with pytest.raises(
+        ValueError, match="gradient holds NaN or infinity, expected finite numbers; nothing was changed"
+    ):
+        step(gradient, u, v, 0.01)
+    assert torch.equal(u, kept[0]) and torch.equal(v, kept[1])
+
+
+def test_the_step_that_returns_new_tensors_is_the_one_in_place():
+    u, v, gradient = random(3, 700), random(3, 700, seed=1), random(3, 700, seed=2)
+    kept = u.clone(), v.clone()
+    values, indices, new_u, new_v = dgc_step(gradient, u, v, 0.01, momentum=0.5, nesterov=True)
+    assert torch.equal(u, kept[0]) and torch.equal(v, kept[1])
+    expected = dgc_step_(gradient, u, v, 0.01, momentum=0.5, nesterov=True)
+    for found, wanted in zip((values, indices, new_u, new_v), (*expected, u, v), strict=True):
+        assert torch.equal(found, wanted)
+    transposed = dgc_step(gradient.t(), new_u.t(), new_v.t(), 0.01)
+    assert transposed[2].is_contiguous()
 
 
 def test_densify_adds_what_several_workers_send():

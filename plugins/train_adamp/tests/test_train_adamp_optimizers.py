@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
+from eff_kernels.adamp_step import cpu
 from eff_kernels.adamp_step.projection import detect, remove_radial_
-from eff_train_adamp import optimizers
 from eff_train_adamp.optimizers import SGDP, AdamP, GradientError
 
 no_compiler = shutil.which("g++") is None and shutil.which("clang++") is None
@@ -191,7 +191,7 @@ def test_all_tensors_together_step_as_each_by_itself(kind, make, options, monkey
         for optimizer in of_single:
             optimizer.step()
         with monkeypatch.context() as patch:
-            patch.setattr(optimizers, "CPU_PORTION", 50)
+            patch.setattr(cpu, "PORTION", 50)
             of_portions.step()
     for a, b, c in zip(together, single, portions, strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)

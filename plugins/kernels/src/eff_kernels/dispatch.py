@@ -39,10 +39,12 @@ class Op:
     Args:
         name: the package below `eff_kernels`.
         dtypes: what its Triton kernels take, of the tensor that decides.
+        without_kernel: the path off the CPU where no kernel can run; "cpu" where that one suits other devices better.
     """
 
     name: str
     dtypes: tuple[torch.dtype, ...] = TRITON_DTYPES
+    without_kernel: str = "reference"
 
     def choose(self, x: torch.Tensor) -> Choice:
         """Return the path for the tensor that decides.
@@ -76,8 +78,8 @@ def _choose(op: Op, wanted: str, device_type: str, dtype: torch.dtype) -> Choice
     if device_type == "cuda" and dtype in op.dtypes:
         if has_triton():
             return Choice("triton", f"CUDA tensor of {dtype}")
-        return Choice("reference", "CUDA tensor, but triton does not import")
-    return Choice("reference", f"no kernel of {op.name} for {dtype} on {device_type}")
+        return Choice(op.without_kernel, "CUDA tensor, but triton does not import")
+    return Choice(op.without_kernel, f"no kernel of {op.name} for {dtype} on {device_type}")
 
 
 def _check_triton_can_run(op: Op, device_type: str, dtype: torch.dtype) -> None:

@@ -67,6 +67,17 @@ def test_a_whole_layer_is_projected_where_its_rows_are_not():
     torch.testing.assert_close(own[0], other[0])
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_projects_nothing(value):
+    w, g = (torch.randn(3, 40, generator=torch.Generator().manual_seed(seed)).to(DEVICE) for seed in (0, 1))
+    g -= w * ((g * w).sum(1) / w.square().sum(1))[:, None]
+    g[1, 2] = value
+    own, other = ([[w.clone()], [g.clone()], [0 * w], [0 * w], [1.0]] for _ in range(2))
+    triton_kernel.adamp_step_(*own, *OPTIONS.values())
+    reference.adamp_step_(*other, *OPTIONS.values())
+    torch.testing.assert_close(own[0], other[0], equal_nan=True)
+
+
 def test_the_result_repeats_bit_for_bit():
     w, g = (torch.randn(3, 5000, generator=torch.Generator().manual_seed(seed)).to(DEVICE) for seed in (0, 1))
     found = []

@@ -46,6 +46,16 @@ def test_momentum_correction(dtype, nesterov):
     torch.testing.assert_close(own, other, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_changes_nothing(value):
+    g, u, v = (random(1500, seed).to(DEVICE) for seed in range(3))
+    g[7] = value
+    kept = u.clone(), v.clone()
+    with pytest.raises(ValueError, match="gradient holds NaN or infinity"):
+        triton_kernel.accumulate_(g, u, v, 0.9, False)
+    assert torch.equal(u, kept[0]) and torch.equal(v, kept[1])
+
+
 def test_nan_is_refused():
     v = random(3000).to(DEVICE)
     v[17] = torch.nan

@@ -29,11 +29,10 @@ from torch.optim import Optimizer
 
 from eff.errors import RunError
 from eff_kernels.adamp_step import adamp_step_
+from eff_kernels.adamp_step.cpu import portions
 from eff_kernels.adamp_step.projection import project_and_decay_, subtract_
 
 _HALF = (torch.float16, torch.bfloat16)
-CPU_PORTION = 1 << 16
-"""Elements that one round of operations covers on the CPU; with states and temporaries about 2 MB in float32."""
 
 
 class GradientError(RunError):
@@ -315,14 +314,21 @@ def sgdp(
     delta: float,
     wd_ratio: float,
 ) -> None:
-    """Do one step of SGDP on tensors of one device and dtype, in place."""
+    """Do one step of SGDP on tensors of one device and dtype, in place; 16-bit tensors are computed with in float32."""
     lr = _rate(lr)
-    torch._foreach_mul_(buffers, momentum)
-    torch._foreach_add_(buffers, grads, alpha=1 - dampening)
-    # Without Nesterov the buffers themselves are projected, as in the reference code.
-    updates = list(torch._foreach_add(grads, buffers, alpha=momentum)) if nesterov else buffers
-    project_and_decay_(updates, params, grads, lr * weight_decay / (1 - momentum), delta, wd_ratio, eps)
-    subtract_(params, updates, [lr] * len(params))
+    for portion in portions(params):
+        lists = [[tensors[index] for index in portion] for tensors in (params, grads, buffers)]
+        is_half = params[0].dtype in _HALF
+        w, g, b = [[tensor.float() for tensor in tensors] for tensors in lists] if is_half else lists
+        torch._foreach_mul_(b, momentum)
+        torch._foreach_add_(b, g, alpha=1 - dampening)
+        # Without Nesterov the buffers themselves are projected, as in the reference code.
+        updates = list(torch._foreach_add(g, b, alpha=momentum)) if nesterov else b
+        project_and_decay_(updates, w, g, lr * weight_decay / (1 - momentum), delta, wd_ratio, eps)
+        subtract_(w, updates, [lr] * len(w))
+        if is_half:
+            torch._foreach_copy_(lists[0], w)
+            torch._foreach_copy_(lists[2], b)
 
 
 def _rate(lr: float | Tensor) -> float | Tensor:
@@ -337,43 +343,18 @@ def _rate(lr: float | Tensor) -> float | Tensor:
 
 
 def _apply(function: Callable[..., None], lists: list[list[Tensor]], options: dict[str, Any]) -> None:
-    """Call `function` on what is alike in device and dtype; 16-bit tensors are computed with in float32.
+    """Call `function` on what is alike in device and dtype.
 
     Args:
         function: changes its tensors in place, except the gradients, which are the second list.
         lists: parallel lists, the parameters first.
         options: further arguments.
     """
-    for indices in _portions(lists[0]):
-        alike = [[tensors[index] for index in indices] for tensors in lists]
-        if alike[0][0].dtype not in _HALF or function is adamp:  # whose op takes all dtypes
-            function(*alike, **options)
-            continue
-        wide = [[tensor.float() for tensor in tensors] for tensors in alike]
-        function(*wide, **options)
-        for number in (0, *range(2, len(alike))):
-            torch._foreach_copy_(alike[number], wide[number])
-
-
-def _portions(params: list[Tensor]) -> list[list[int]]:
-    """Return the indices of parameters to handle together: of one device and dtype, on the CPU not too many.
-
-    There each operation goes over all tensors of a portion, so what does not fit the cache is read from memory
-    again and again; an accelerator wants few launches instead.
-    """
-    open_portions: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    elements: dict[tuple[torch.device, torch.dtype], int] = {}
-    portions: list[list[int]] = []
-    for index, parameter in enumerate(params):
-        kind = (parameter.device, parameter.dtype)
-        is_full = elements.get(kind, 0) + parameter.numel() > CPU_PORTION and parameter.device.type == "cpu"
-        if kind not in open_portions or (is_full and not torch.compiler.is_compiling()):
-            open_portions[kind] = []
-            elements[kind] = 0
-            portions.append(open_portions[kind])
-        open_portions[kind].append(index)
-        elements[kind] += parameter.numel()
-    return portions
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, parameter in enumerate(lists[0]):
+        kinds.setdefault((parameter.device, parameter.dtype), []).append(index)
+    for indices in kinds.values():
+        function(*([tensors[index] for index in indices] for tensors in lists), **options)
 
 
 def _check_shared(lr: float | Tensor, weight_decay: float, delta: float, wd_ratio: float, eps: float) -> None:

@@ -5,12 +5,14 @@
     (u, r) = projection of u (see projection.py); r = wd_ratio where it applied, else 1
     w <- w (1 - lr weight_decay r) - lr / (1 - b1^t) u
 
-Memory bound. The projection needs sums over w and u before w can change: two passes of 40 bytes per float32 weight
-(read w, g, m, v, write m, v; read w, m, v, write w), Nesterov 44. Weights of one dimension are never projected: 28.
+Memory bound. The sums over w and g decide on the projection before w can change. A pass for them and one for the step
+move 36 bytes per float32 weight where <n, u> of a row is known before the row is written (CPU); with the moments in the
+first pass (Triton, any row length) it is 40, Nesterov 44. Weights of one dimension are never projected: 28.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,8 +48,8 @@ def adamp_step_(
     Args:
         params: weights of one device and dtype (float16, bfloat16, float32, float64); rows are dimension 0.
         grads, exp_avgs, exp_avg_sqs: like `params`.
-        counts: t of each weight, this step included.
-        lr: learning rate; a tensor under torch.compile.
+        counts: t of each weight, this step included, >= 1.
+        lr: learning rate, >= 0; under torch.compile better a tensor, else one that is read (which waits for a GPU).
         betas, eps, weight_decay, delta, wd_ratio, nesterov: as in the equations.
 
     Raises:
@@ -56,9 +58,15 @@ def adamp_step_(
     """
     if not torch.compiler.is_compiling():
         _check([params, grads, exp_avgs, exp_avg_sqs], counts)
+        lr, weight_decay = float(lr), float(weight_decay)
         for name, value in (("betas[0]", betas[0]), ("betas[1]", betas[1])):
             if not 0 <= value < 1:
                 raise ValueError(f"adamp_step: {name} is {value}, expected at least 0 and below 1")
+        for name, value in (("eps", eps), ("delta", delta)):
+            if not value > 0:
+                raise ValueError(f"adamp_step: {name} is {value}, expected above 0")
+        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+            check_range("adamp_step", name, value, 0, math.inf)
         check_range("adamp_step", "wd_ratio", wd_ratio, 0, 1)
     lists = [params, grads, exp_avgs, exp_avg_sqs, counts]
     used = [index for index, weight in enumerate(params) if weight.numel()]
@@ -74,7 +82,17 @@ def _check(lists: Sequence[Sequence[Tensor]], counts: Sequence[Any]) -> None:
     for name, tensors in (*zip(names, lists, strict=True), ("counts", counts)):
         if len(tensors) != len(lists[0]):
             raise ValueError(f"adamp_step: {name} has {len(tensors)} entries, expected {len(lists[0])} as params")
+    for index, count in enumerate(counts):
+        if not count >= 1:
+            raise ValueError(f"adamp_step: counts[{index}] is {count}, expected at least 1: this step is counted")
+    first = (lists[0][0].dtype, lists[0][0].device) if lists[0] else None
     for index, weight in enumerate(lists[0]):
+        alike = all(
+            (tensors[index].dtype, tensors[index].device) == first and tensors[index].shape == weight.shape
+            for tensors in lists
+        )
+        if alike and weight.dtype in FLOATS:
+            continue  # wording is not needed, and every step of a training comes by here
         check_dtype("adamp_step", f"params[{index}]", weight, FLOATS)
         check_device("adamp_step", f"params[{index}]", weight, "params[0]", lists[0][0])
         check_dtype("adamp_step", f"params[{index}]", weight, [lists[0][0].dtype])

@@ -6,7 +6,8 @@ and the way on devices without a kernel. In pieces temporaries are two buffers t
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from eff_kernels.adamp_step.projection import project_and_decay_, subtract_
 _HALF = (torch.float16, torch.bfloat16)
 PIECE = 1 << 16
 """Elements of a piece; with states and buffers 1.5 MB in float32."""
+PORTION = 1 << 16
+"""Elements of small weights that one round of operations covers on the CPU; with states and temporaries about 2 MB."""
 
 
 def adamp_step_(
@@ -35,17 +38,32 @@ def adamp_step_(
         return
     lists = [params, grads, exp_avgs, exp_avg_sqs, counts]
     options = (lr, betas, eps, weight_decay, delta, wd_ratio, nesterov)
-    in_pieces = [
-        index for index, weight in enumerate(params) if _goes_in_pieces(*(list_[index] for list_ in lists[:4]))
-    ]
-    if in_pieces:
-        buffers: tuple[Tensor, Tensor] | None = None
-        for index in in_pieces:
+    together, buffers = [], None
+    for index, weight in enumerate(params):
+        if _goes_in_pieces(weight, grads[index], exp_avgs[index], exp_avg_sqs[index]):
             buffers = _step_in_pieces(*(list_[index] for list_ in lists), *options, buffers)
-        rest = [index for index in range(len(params)) if index not in set(in_pieces)]
-        lists = [[list_[index] for index in rest] for list_ in lists]
-    if lists[0]:
-        _step_together(*lists, *options)
+        else:
+            together.append(index)
+    for portion in portions([params[index] for index in together]):
+        _step_together(*([list_[together[place]] for place in portion] for list_ in lists), *options)
+
+
+def portions(params: Sequence[Tensor]) -> list[list[int]]:
+    """Return the places of weights to handle together, in order: on the CPU of not more than `PORTION` elements.
+
+    Each operation goes over all weights of a portion, so what does not fit the cache is read from memory again and
+    again; an accelerator wants few launches instead, and a compiled graph is fused.
+    """
+    found: list[list[int]] = []
+    room = 0
+    for place, weight in enumerate(params):
+        is_full = weight.device.type == "cpu" and weight.numel() > room and not torch.compiler.is_compiling()
+        if not found or is_full:
+            found.append([])
+            room = PORTION
+        found[-1].append(place)
+        room -= weight.numel()
+    return found
 
 
 def _step_together(
@@ -77,53 +95,90 @@ def _goes_in_pieces(w: Tensor, *others: Tensor) -> bool:
     )
 
 
+class _Piece(NamedTuple):
+    """Views of some rows, (rows, length) and (rows,), and of two buffers of that size that all pieces share."""
+
+    w: Tensor
+    g: Tensor
+    m: Tensor
+    v: Tensor
+    w_norm: Tensor
+    g_norm: Tensor
+    gw: Tensor
+    one: Tensor
+    other: Tensor
+
+
 def _step_in_pieces(
     w: Tensor, g: Tensor, m: Tensor, v: Tensor, count: float, lr: float, betas: tuple[float, float], eps: float,
     weight_decay: float, delta: float, wd_ratio: float, nesterov: bool, buffers: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Do one step on one weight; return the buffers for the next one."""
+    """Do one step on one weight; return the buffers for the next one.
+
+    A first pass decides on the projection. The second does the whole step, because a piece holds whole rows; only a
+    projection as a whole needs the moments, and its sum over all rows, before a weight is written.
+    """
     beta1, beta2 = betas
     root, size = (1 - beta2**count) ** 0.5, lr / (1 - beta1**count)
     rows, length = len(w), w.numel() // len(w)
-    many = max(1, PIECE // length)
+    many = min(rows, max(1, PIECE // length))
     if buffers is None or buffers[0].numel() < many * length:
         buffers = torch.empty(many * length, dtype=w.dtype), torch.empty(many * length, dtype=w.dtype)
-    w, g, m, v = (tensor.detach().view(rows, length) for tensor in (w, g, m, v))
-    w_norm, g_norm, gw, uw = w.new_empty(4, rows)
-    pieces = [(slice(start, start + many), min(many, rows - start) * length) for start in range(0, rows, many)]
+    w_norm, g_norm, gw = w.new_empty(3, rows)
+    pieces = _pieces(
+        [tensor.detach().view(rows, length) for tensor in (w, g, m, v)], (w_norm, g_norm, gw), many, buffers
+    )
 
-    def update(here: slice, work: Tensor) -> Tensor:
-        """Return u / root of some rows, in the first buffer: a division less than u."""
-        u = torch.sqrt(v[here], out=buffers[0][: work.numel()].view_as(work)).add_(eps * root)
-        return torch.div(torch.lerp(m[here], g[here], 1 - beta1, out=work) if nesterov else m[here], u, out=u)
+    def advance(piece: _Piece) -> None:
+        piece.m.lerp_(piece.g, 1 - beta1)
+        piece.v.mul_(beta2).addcmul_(piece.g, piece.g, value=1 - beta2)
 
-    for here, elements in pieces:
-        work = buffers[1][:elements].view(-1, length)
-        m[here].lerp_(g[here], 1 - beta1)
-        v[here].mul_(beta2).addcmul_(g[here], g[here], value=1 - beta2)
-        u = update(here, work)
-        torch.linalg.vector_norm(w[here], dim=1, out=w_norm[here])
-        torch.linalg.vector_norm(g[here], dim=1, out=g_norm[here])
-        torch.sum(torch.mul(g[here], w[here], out=work), 1, out=gw[here])
-        torch.sum(torch.mul(u, w[here], out=work), 1, out=uw[here])
-    factor = _factor(w_norm, g_norm, gw, uw, length, delta, eps)
+    def update(piece: _Piece) -> Tensor:
+        """Return u / root in the first buffer: a division less than u."""
+        u = torch.sqrt(piece.v, out=piece.one).add_(eps * root)
+        moment = torch.lerp(piece.m, piece.g, 1 - beta1, out=piece.other) if nesterov else piece.m
+        return torch.div(moment, u, out=u)
+
+    for piece in pieces:
+        torch.linalg.vector_norm(piece.w, dim=1, out=piece.w_norm)
+        torch.linalg.vector_norm(piece.g, dim=1, out=piece.g_norm)
+        torch.sum(torch.mul(piece.g, piece.w, out=piece.other), 1, out=piece.gw)
+    scope = _scope(w_norm, g_norm, gw, length, delta, eps)
+    kept = 1 - lr * weight_decay * (wd_ratio if scope else 1.0)
     size *= root
-    kept = 1 - lr * weight_decay * (1.0 if factor is None else wd_ratio)
-    for here, elements in pieces:
-        u = update(here, buffers[1][:elements].view(-1, length))
-        # w (1 - decay) - size (u - factor w)
-        w[here].mul_(kept if factor is None else (kept + size * factor[here])[:, None]).add_(u, alpha=-size)
+    factor: Any = 0.0
+    if scope == "layer":
+        uw = w.new_zeros(())
+        for piece in pieces:
+            advance(piece)
+            uw += torch.mul(update(piece), piece.w, out=piece.other).sum()
+        factor = uw / (w_norm.norm() + eps).square()
+    for piece in pieces:
+        if scope != "layer":
+            advance(piece)
+        u = update(piece)
+        if scope == "row":
+            uw = torch.mul(u, piece.w, out=piece.other).sum(1)
+            factor = (uw / (piece.w_norm + eps).square())[:, None]
+        piece.w.mul_(kept + size * factor).add_(u, alpha=-size)  # w (1 - decay) - size (u - factor w)
     return buffers
 
 
-def _factor(
-    w_norm: Tensor, g_norm: Tensor, gw: Tensor, uw: Tensor, length: int, delta: float, eps: float
-) -> Tensor | None:  # fmt: skip
-    """Return <u, w> / |w|^2 of each row, or of all; None where the weight is not scale invariant."""
-    whole = (w_norm.norm()[None], g_norm.norm()[None], gw.sum()[None], uw.sum()[None])
-    for w_, g_, gw_, uw_ in ((w_norm, g_norm, gw, uw), whole):
+def _pieces(
+    matrices: Sequence[Tensor], vectors: Sequence[Tensor], many: int, buffers: Sequence[Tensor]
+) -> list[_Piece]:  # fmt: skip
+    """Cut into pieces of `many` rows; a split is a fraction of the time of as many slices."""
+    parts = zip(*(tensor.split(many) for tensor in (*matrices, *vectors)), strict=True)
+    full = [buffer[: many * matrices[0].shape[1]].view(many, -1) for buffer in buffers]
+    return [_Piece(*part, *(work[: len(part[0])] if len(part[0]) < many else work for work in full)) for part in parts]
+
+
+def _scope(w_norm: Tensor, g_norm: Tensor, gw: Tensor, length: int, delta: float, eps: float) -> str:
+    """Return what of the weight is scale invariant: each "row", the "layer" as a whole, or "" for neither."""
+    whole = (w_norm.norm()[None], g_norm.norm()[None], gw.sum()[None])
+    for scope, (w_, g_, gw_) in (("row", (w_norm, g_norm, gw)), ("layer", whole)):
         cosine = gw_.abs() / (w_.clamp(min=eps) * g_.clamp(min=eps))
         columns = length * (len(gw) // len(gw_))
         if bool(cosine.max() < delta / columns**0.5):
-            return (uw_ / (w_ + eps).square()).expand(len(gw))
-    return None
+            return scope
+    return ""

@@ -10,7 +10,8 @@ from torch import Tensor
 from eff_kernels.adamp_step import cpu
 from eff_kernels.dispatch import Op
 
-OP = Op("adamp_step")
+# Without a kernel all weights go together: the plain loop would wait for the device at every weight.
+OP = Op("adamp_step", without_kernel="cpu")
 
 
 @torch.library.custom_op("eff::adamp_step_", mutates_args=("params", "exp_avgs", "exp_avg_sqs"))

@@ -19,7 +19,8 @@ LARGEST_BLOCK = 1024
 ENOUGH = 1024
 """Programs that fill a GPU; rows are only cut into parts where there are fewer."""
 MOST_PARTS = 64
-ROWS = 64
+SUMS = 2048
+"""Sums that a step of the decision loads of each kind."""
 
 
 @triton.jit
@@ -81,6 +82,7 @@ def decide_kernel(
     ROWS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     largest = 0.0
+    undefined = 0
     total_gw = 0.0
     total_ww = 0.0
     total_gg = 0.0
@@ -93,13 +95,14 @@ def decide_kernel(
         uw = row_sums(sum_ptr, 3, row, rows, parts, PARTS)
         cosine = tl.abs(gw) / (tl.maximum(tl.sqrt(ww), eps) * tl.maximum(tl.sqrt(gg), eps))
         largest = tl.maximum(largest, tl.max(cosine, axis=0))
+        undefined += tl.sum((cosine != cosine).to(tl.int32), axis=0)  # a maximum passes over NaN
         total_gw += tl.sum(gw, axis=0)
         total_ww += tl.sum(ww, axis=0)
         total_gg += tl.sum(gg, axis=0)
         total_uw += tl.sum(uw, axis=0)
     norm = tl.sqrt(total_ww)
     cosine = tl.abs(total_gw) / (tl.maximum(norm, eps) * tl.maximum(tl.sqrt(total_gg), eps))
-    by_row = largest < row_limit
+    by_row = (largest < row_limit) & (undefined == 0)
     by_layer = (largest >= row_limit) & (cosine < layer_limit)
     layer_factor = tl.where(by_layer, total_uw / ((norm + eps) * (norm + eps)), 0.0)
     for start in range(0, rows, ROWS):
@@ -205,9 +208,10 @@ def _step(
     moments_kernel[(rows, parts)](
         w, g, m, v, sums, length, blocks_per_part, beta1, beta2, root, eps, NESTEROV=nesterov, BLOCK=block
     )
+    width = triton.next_power_of_2(parts)
     decide_kernel[(1,)](
         sums, factor, keep, rows, parts, delta / length**0.5, delta / w.numel() ** 0.5, eps, decay, wd_ratio,
-        ROWS=ROWS, PARTS=triton.next_power_of_2(parts),
+        ROWS=SUMS // width, PARTS=width,
     )  # fmt: skip
     weight_kernel[(rows, parts)](
         w, g, m, v, factor, keep, length, blocks_per_part, beta1, root, eps, size, NESTEROV=nesterov, BLOCK=block
@@ -231,7 +235,9 @@ def _signature(kernel: Any, kind: torch.dtype) -> dict[str, str]:
 AHEAD_OF_TIME: dict[Any, list[Any]] = {
     update_of: [],
     row_sums: [],
-    decide_kernel: [(_signature(decide_kernel, torch.float32), {"ROWS": ROWS, "PARTS": MOST_PARTS})],
+    decide_kernel: [
+        (_signature(decide_kernel, torch.float32), {"ROWS": SUMS // parts, "PARTS": parts}) for parts in (1, MOST_PARTS)
+    ],
     **{
         kernel: [
             (_signature(kernel, kind), {"NESTEROV": nesterov, "BLOCK": LARGEST_BLOCK})

@@ -11,7 +11,7 @@ def weight(
     packed_ptr, codebook_ptr, row, rows, codes_per_row, start, entries,
     BITS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """Return BLOCK_J codes from `start` on, decoded: (BLOCK_N, BLOCK_J * PADDED), 0 beyond the ends and beyond DIM.
+    """Return BLOCK_J codes from `start` on, decoded: (BLOCK_N, BLOCK_J * PADDED) float32, 0 beyond the ends and beyond DIM.
 
     NaN where the codebook does not have the code: an out-of-range read must not look like a weight.
     """
@@ -25,6 +25,6 @@ def weight(
     inside = tl.arange(0, PADDED)[None, None, :]
     wanted = here[:, :, None] & (inside < DIM)
     known = code[:, :, None] < entries
-    w = tl.load(codebook_ptr + code[:, :, None] * DIM + inside, mask=wanted & known, other=0.0)
+    w = tl.load(codebook_ptr + code[:, :, None] * DIM + inside, mask=wanted & known, other=0.0).to(tl.float32)
     w = tl.where(wanted & (known == 0), float("nan"), w)
     return tl.reshape(w, (BLOCK_N, BLOCK_J * PADDED))

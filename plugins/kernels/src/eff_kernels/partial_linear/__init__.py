@@ -63,7 +63,9 @@ def partial_linear(
         check_shape(op, "index", index, ("r",))
         check_shape(op, "p", p, (len(weight), len(index)))
         if bias is not None:
+            check_dtype(op, "bias", bias, FLOATS)
             check_shape(op, "bias", bias, (len(weight),))
+            check_device(op, "bias", bias, "x", x)
         for name, other in (("weight", weight), ("p", p), ("index", index)):
             check_device(op, name, other, "x", x)
         if index.device.type == "cpu" and not 0 <= int(index.min()) <= int(index.max()) < x.shape[-1]:

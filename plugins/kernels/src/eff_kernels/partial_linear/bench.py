@@ -1,4 +1,4 @@
-"""partial_linear beside LoRA's two products and beside training the whole weight: forward and backward of one layer."""
+"""partial_linear beside LoRA (as two products, and peft's layer) and the whole weight: a training step of one layer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eff_kernels.bench import Case, buffers
@@ -43,25 +43,64 @@ def cases(device: torch.device) -> Iterator[Case]:
     def whole(x: Tensor) -> Tensor:
         return F.linear(x, full)
 
-    def step(function: Callable[[Tensor], Tensor], *trained: Tensor) -> list[Callable[[], Any]]:
+    ways: dict[str, tuple[Callable[[Tensor], Tensor], list[Tensor]]] = {
+        "eff": (ours, [p]), "LoRA": (lora, [down, up]), "full weight": (whole, [full]),
+    }  # fmt: skip
+    if (layer := peft_layer(weight)) is not None:
+        ways["LoRA (peft)"] = (layer, [value for value in layer.parameters() if value.requires_grad])
+
+    def step(function: Callable[[Tensor], Tensor], trained: list[Tensor]) -> list[Callable[[], Any]]:
         return [lambda x=x: torch.autograd.grad(function(x), (x, *trained), dy) for x in inputs]  # type: ignore[misc]
 
     def reference() -> tuple[Tensor, Tensor]:
         dx, dw = torch.autograd.grad(whole(inputs[0]), (inputs[0], full), dy)
         return dx, dw[:, index]
 
+    calls = {name: step(function, trained) for name, (function, trained) in ways.items()}
     yield Case(
         f"forward + backward, {tokens} tokens, {width} channels, {RANK} columns, {str(dtype).removeprefix('torch.')}",
-        step(ours, p),
-        {"LoRA": step(lora, down, up), "full weight": step(whole, full)},
+        calls.pop("eff"),
+        calls,
         OP.choose(weight).by("gathered columns, torch's products"),
         flops=4 * tokens * width**2 + 2 * tokens * width * RANK,
         dtype=str(dtype).removeprefix("torch."),
         reference=reference,
         tolerance=1e-4 if dtype == torch.float32 else 2e-2,
         memory={
-            "eff": tokens * RANK * dtype.itemsize,
-            "LoRA": tokens * (width + RANK) * dtype.itemsize,
-            "full weight": tokens * width * dtype.itemsize,
+            name: kept_bytes(lambda function=function: function(inputs[0]), weight, *trained)  # type: ignore[misc]
+            for name, (function, trained) in ways.items()
         },
-    )  # fmt: skip
+    )
+
+
+def kept_bytes(function: Callable[[], Any], *without: Tensor) -> int:
+    """Return the bytes that a forward pass keeps for the backward pass, `without` the weights, which are there anyway."""
+    weights = {tensor.untyped_storage().data_ptr() for tensor in without}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = function()  # held until all is counted, so that no two tensors have one address
+    del output
+    return sum(kept.values())
+
+
+def peft_layer(weight: Tensor) -> nn.Module | None:
+    """Return the LoRA layer of the peft library on this weight; None where it is not installed."""
+    try:
+        from peft import LoraConfig
+        from peft.tuners.lora import Linear
+    except ImportError:
+        return None
+    base = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device, dtype=weight.dtype)
+    base.weight = nn.Parameter(weight, requires_grad=False)
+    settings = {"r": RANK, "lora_alpha": RANK, "lora_dropout": 0.0}
+    try:
+        layer: nn.Module = Linear(base, "default", config=LoraConfig(**settings), **settings)
+    except TypeError:  # before the configuration was an argument
+        layer = Linear(base, "default", **settings)
+    return layer.to(weight.dtype)

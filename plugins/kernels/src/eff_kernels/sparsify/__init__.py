@@ -4,10 +4,13 @@
     send (i, v_i) where |v_i| >= threshold,  v_i <- 0,  u_i <- 0                      error feedback, factor masking
 
 (Lin et al., ICLR 2018, arXiv:1712.01887, alg. 1 and sec. 3; threshold and its adaptation as in the code of the paper.)
-Memory bound: two reads of v for the sparsification, and 20 bytes per float32 entry for the momentum correction.
+Memory bound: two reads of v for the sparsification, and 24 bytes per float32 entry for the momentum correction, 4 of
+them to see that the gradient is finite.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +27,7 @@ from eff_kernels.checks import (
 from eff_kernels.sparsify import library
 from eff_kernels.sparsify.plan import make_plan
 
-__all__ = ["densify", "dgc_step_", "sparsify"]
+__all__ = ["densify", "dgc_step", "dgc_step_", "sparsify"]
 
 
 def sparsify(
@@ -100,8 +103,8 @@ def dgc_step_(
         values and indices, as `sparsify` does.
 
     Raises:
-        TypeError, ValueError: as `sparsify`, or shapes, dtypes or devices differ. NaN is found after `u` and `v` have taken
-            the gradient.
+        TypeError, ValueError: as `sparsify`, or shapes, dtypes or devices differ, or the gradient holds NaN or infinity;
+            `u` and `v` are as before.
     """
     op = "dgc_step_"
     _check(op, v, ratio, sample_ratio, upper, lower)
@@ -124,8 +127,22 @@ def dgc_step_(
     return values, indices
 
 
+def dgc_step(
+    gradient: Tensor, u: Tensor, v: Tensor, ratio: float, **options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return values, indices and the new `u` and `v`, as `dgc_step_` with the same options, but change nothing.
+
+    Costs a copy of `u` and `v` more.
+    """
+    u, v = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (u, v))
+    values, indices = dgc_step_(gradient, u, v, ratio, **options)
+    return values, indices, u, v
+
+
 def densify(values: Tensor, indices: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return the tensor of this shape that is the sum of (index, value) pairs, 0 elsewhere.
+    """Return the tensor of this shape that is the sum of (index, value) pairs, 0 elsewhere; the same bits every time.
+
+    Workers that decode the same pairs in the same order therefore have the same weights.
 
     Args:
         values: (k,), any floating dtype.
@@ -139,7 +156,11 @@ def densify(values: Tensor, indices: Tensor, shape: tuple[int, ...]) -> Tensor:
     check_dtype("densify", "indices", indices, (torch.int64,))
     check_shape("densify", "values", values, ("k",))
     check_shape("densify", "indices", indices, (len(values),))
-    return values.new_zeros(torch.Size(shape).numel()).index_add_(0, indices, values).view(shape)
+    flat = values.new_zeros(torch.Size(shape).numel())
+    if values.device.type == "cpu":
+        return flat.index_add_(0, indices, values).view(shape)
+    # A GPU sorts the indices for index_put_, where index_add_ would add with atomics, in any order.
+    return flat.index_put_((indices,), values, accumulate=True).view(shape)
 
 
 def _check(op: str, v: Tensor, ratio: float, sample_ratio: float, upper: float, lower: float) -> None:

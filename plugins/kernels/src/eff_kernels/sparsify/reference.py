@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 
 def accumulate_(gradient: Tensor, u: Tensor, v: Tensor, momentum: float, nesterov: bool) -> None:
     """Add a gradient to momentum and residual, in place."""
+    check_finite(gradient)
     if nesterov:
         u.add_(gradient).mul_(momentum)
         v.add_(u).add_(gradient)
@@ -30,6 +32,14 @@ def sparsify(
 
     check_nan(flat.isnan().any())
     return choose(flat, passing, keep, stride, start, share, upper, lower, max_iterations, resample)
+
+
+def check_finite(gradient: Tensor) -> None:
+    """Raise ValueError where the gradient holds NaN or infinity, which momentum and residual would never lose again."""
+    if gradient.numel() and not bool(torch.stack(gradient.aminmax()).isfinite().all()):
+        raise ValueError(
+            "dgc_step_: gradient holds NaN or infinity, expected finite numbers; nothing was changed, leave this step out"
+        )
 
 
 def check_nan(found: Tensor) -> None:

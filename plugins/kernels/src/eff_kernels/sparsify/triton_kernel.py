@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from eff_kernels.dispatch import TRITON_DTYPES
-from eff_kernels.sparsify.reference import check_nan, choose
+from eff_kernels.sparsify.reference import check_finite, check_nan, choose
 
 BLOCK = 1024
 
@@ -58,6 +58,7 @@ def write_kernel(v_ptr, threshold_ptr, end_ptr, out_ptr, size, BLOCK: tl.constex
 
 def accumulate_(gradient: Tensor, u: Tensor, v: Tensor, momentum: float, nesterov: bool) -> None:
     """Add a gradient to momentum and residual, in place; both contiguous."""
+    check_finite(gradient)
     gradient = gradient.contiguous()
     if v.numel():
         grid = (triton.cdiv(v.numel(), BLOCK),)
