@@ -99,7 +99,8 @@ def _describe(point: importlib_metadata.EntryPoint, same_name: list[importlib_me
     assert distribution is not None  # entry_points() fills it in
     metadata = distribution.metadata
     name = metadata["Name"] or "unknown"
-    reason = _misfit(point.name, name, metadata.get("Keywords") or "", distribution.requires or [], point.group)
+    requires = metadata.get_all("Requires-Dist") or []  # distribution.requires would parse the metadata again
+    reason = _misfit(point.name, name, metadata.get("Keywords") or "", requires, point.group)
     if len(same_name) > 1:
         others = ", ".join(sorted({_name_of(other) for other in same_name}))
         reason = f"the name is taken by several distributions ({others}); uninstall all but one"
@@ -132,13 +133,18 @@ def _misfit(plugin: str, distribution: str, keywords: str, requires: Iterable[st
             f"speaks contract {contracts[0]}, this eff-core {eff.__version__} speaks {CONTRACT}; update {distribution}"
         )
     for line in requires:
-        if re.match(r"eff[-_.]core\b", line, re.IGNORECASE):
-            from packaging.requirements import Requirement
-
-            wanted = Requirement(line)
-            if not wanted.specifier.contains(eff.__version__, prereleases=True):
-                return f"needs eff-core{wanted.specifier}, this is {eff.__version__}; update {distribution} or eff-core"
+        if re.match(r"eff[-_.]core\b", line, re.IGNORECASE) and (range_ := _range_without_us(line)):
+            return f"needs eff-core{range_}, this is {eff.__version__}; update {distribution} or eff-core"
     return ""
+
+
+@functools.cache
+def _range_without_us(requirement: str) -> str:
+    """Return the versions of eff-core that a requirement names where this one is not among them, else an empty string."""
+    from packaging.requirements import Requirement
+
+    wanted = Requirement(requirement).specifier
+    return "" if wanted.contains(eff.__version__, prereleases=True) else str(wanted)
 
 
 def find(name: str, group: str = METHODS) -> Listed:

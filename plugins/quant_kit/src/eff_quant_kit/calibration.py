@@ -1,0 +1,208 @@
+"""Calibration data on disk: batches, and the inputs and outputs of one layer over them.
+
+Everything that grows with the number of samples lies in files that are mapped into memory, so what stays in memory is
+one batch; the rest is the operating system's to keep or to drop. Rows have the same order in every recording, so inputs
+from one model and outputs from another belong together.
+
+    with CalibrationSet(run, samples=256, batch_size=32) as calibration:
+        cache = calibration.record(float_model, "conv1")              # inputs (N, ...) and outputs (N, ...)
+        inputs = calibration.record(quantized_model, "conv1", outputs=False).inputs
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eff.data import Batch, batch_size_of, move_batch
+from eff.errors import DataError, RunError, UnsupportedModelError
+from eff.run import Run
+
+FEW = 32
+"""Fewer samples than this draw a warning."""
+
+
+class Rows:
+    """A tensor (N, ...) in a file, written batch by batch and read by index."""
+
+    def __init__(self, folder: Path, name: str):
+        self.path = folder / name
+        self.shape: tuple[int, ...] = ()
+        self.dtype = torch.float32
+        self.count = 0
+        self._mapped: Tensor | None = None
+
+    def append(self, rows: Tensor) -> None:
+        """Write further rows (n, ...).
+
+        Raises:
+            UnsupportedModelError: their shape differs from that of the rows before.
+        """
+        rows = rows.detach().to("cpu").contiguous()
+        if self.count and rows.shape[1:] != self.shape:
+            raise UnsupportedModelError(
+                f"{self.path.stem}: is called with inputs of shapes {tuple(self.shape)} and {tuple(rows.shape[1:])}; "
+                "calibrate on data of one size, or exclude it"
+            )
+        self.shape, self.dtype = tuple(rows.shape[1:]), rows.dtype
+        with self.path.open("ab") as file:
+            file.write(rows.view(-1).view(torch.uint8).numpy().data if rows.numel() else b"")
+        self.count += len(rows)
+        self._mapped = None
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, index: Tensor | slice) -> Tensor:
+        """Return a copy of the rows of `index`; changing it in place does not touch the file."""
+        if self._mapped is None:
+            size = self.count * int(torch.Size(self.shape).numel())
+            flat = torch.from_file(str(self.path), shared=False, size=size, dtype=self.dtype)
+            self._mapped = flat.view(self.count, *self.shape)
+        return self._mapped[index].clone()
+
+    def drop(self) -> None:
+        """Delete the file."""
+        self._mapped = None
+        self.path.unlink(missing_ok=True)
+        self.count = 0
+
+
+class LayerRows:
+    """Inputs of a layer and what it made of them, sample by sample."""
+
+    def __init__(self, inputs: Rows, outputs: Rows | None):
+        self.inputs = inputs
+        self.outputs = outputs
+
+    def drop(self) -> None:
+        """Delete both files."""
+        self.inputs.drop()
+        if self.outputs is not None:
+            self.outputs.drop()
+
+
+class CalibrationSet:
+    """Batches of a split, read and decoded once; and recordings of layers over them."""
+
+    def __init__(self, run: Run, samples: int, batch_size: int = 32, split: str = "train", plugin: str = "calibration"):
+        self.run = run
+        self.batch_size = batch_size
+        self._folder = tempfile.TemporaryDirectory(prefix="eff-calibration-")
+        self.folder = Path(self._folder.name)
+        self.columns: dict[str, Rows] = {}
+        self.plain: list[dict[str, Any]] = []
+        self.sizes: list[int] = []
+        self._recordings = 0
+        for batch in run.batches(split, samples, batch_size):
+            self.sizes.append(batch_size_of(batch))
+            self.plain.append({key: value for key, value in batch.items() if not isinstance(value, Tensor)})
+            for key, value in batch.items():
+                if isinstance(value, Tensor):
+                    self.columns.setdefault(key, Rows(self.folder, f"batch-{key}")).append(value)
+        if not self.sizes:
+            raise DataError(f"{plugin}: the {split} split is empty; it is calibrated on data, use ?{split}=N above 0")
+        if len(self) < FEW:
+            run.warn(f"{plugin}: calibrates on {len(self)} samples; below {FEW} the result depends on which they are")
+
+    def __enter__(self) -> CalibrationSet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Delete all files."""
+        self._folder.cleanup()
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the batches, on the run's device, always in the same order."""
+        start = 0
+        for size, plain in zip(self.sizes, self.plain, strict=True):
+            batch = {key: rows.read(slice(start, start + size)) for key, rows in self.columns.items()}
+            yield move_batch({**batch, **plain}, self.run.device)
+            start += size
+
+    def fingerprint(self) -> str:
+        """Return a short hash of the samples."""
+        digest = hashlib.sha256()
+        for key, rows in sorted(self.columns.items()):
+            digest.update(key.encode())
+            digest.update(rows.path.read_bytes())
+        return digest.hexdigest()[:16]
+
+    def record(self, model: nn.Module, name: str, inputs: bool = True, outputs: bool = True) -> LayerRows:
+        """Return inputs and outputs of one module of `model` over all samples, in eval mode.
+
+        The forward pass ends at the module. A module that one pass calls several times gives the rows of all its calls.
+
+        Raises:
+            UnsupportedModelError: the pass never calls it, or with inputs of several sizes.
+            RunError: NaN or infinity in what it is fed.
+        """
+        self._recordings += 1
+        stem = f"{self._recordings}-{name}"
+        taken = Rows(self.folder, f"{stem}.inputs")
+        made = Rows(self.folder, f"{stem}.outputs") if outputs else None
+        module = model.get_submodule(name)
+        single = _calls_once(model, module, self.run, next(iter(self)))
+
+        def keep(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+            x = arguments[0]
+            if not bool(torch.isfinite(x).all()):
+                raise RunError(f"{name}: its input holds NaN or infinity; check the data and the layers before it")
+            if inputs:
+                taken.append(x)
+            if made is not None:
+                made.append(output[0] if isinstance(output, tuple) else output)
+            if single:
+                raise _Reached
+
+        handle = module.register_forward_hook(keep)
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                for batch in self:
+                    with contextlib.suppress(_Reached):
+                        self.run.forward(model, batch)
+        finally:
+            handle.remove()
+            model.train(was_training)
+        return LayerRows(taken, made)
+
+
+class _Reached(Exception):
+    """Ends a forward pass at the layer that was asked for."""
+
+
+def _calls_once(model: nn.Module, module: nn.Module, run: Run, batch: Batch) -> bool:
+    """Whether a forward pass calls `module` exactly once.
+
+    Raises:
+        UnsupportedModelError: it never does.
+    """
+    calls = []
+    handle = module.register_forward_pre_hook(lambda *_: calls.append(1))
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            run.forward(model, {key: value[:1] if isinstance(value, Tensor) else value for key, value in batch.items()})
+    finally:
+        handle.remove()
+        model.train(was_training)
+    if not calls:
+        name = next((key for key, value in model.named_modules() if value is module), "?")
+        raise UnsupportedModelError(f"{name}: the forward pass never reaches it; exclude it")
+    return len(calls) == 1
