@@ -146,6 +146,11 @@ class Method(Generic[ConfigT]):
                         return argument  # type: ignore[return-value]
         raise TypeError(f"{cls.__name__} names no configuration; write class {cls.__name__}(Method[YourConfig])")
 
+    @property
+    def trains(self) -> bool:
+        """Whether `eff apply` takes train steps after `transform`: on training data, or steps the method counts itself."""
+        return self.card.trains or type(self).step_count is not Method.step_count
+
     def training(self) -> TrainOptions:
         """Return the method's training recipe for this configuration; unset fields fall to core's."""
         return TrainOptions()

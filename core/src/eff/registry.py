@@ -46,6 +46,7 @@ SHIPPED = (
     "fl_fedspeed",
     "nas_tangle",
     "peft_paca",
+    "quant_adaquant",
     "quant_lsq",
     "restore_deanet",
     "train_adamp",

@@ -95,7 +95,7 @@ class Plan:
     def _verb(self, item: Chosen) -> str:
         if item in self.plugins.structural:
             return "transform with"
-        return "train with" if item.method.card.trains else "measure with"
+        return "train with" if item.method.trains else "measure with"
 
 
 def make_plan(recipe: Recipe, log: Log | None = None) -> Plan:
@@ -123,7 +123,7 @@ def make_plan(recipe: Recipe, log: Log | None = None) -> Plan:
     for item in chosen:
         train = item.method.training().over(train)
     train = recipe.train.over(train)
-    trains = bool(train.epochs) and (not chosen or any(item.method.card.trains for item in chosen))
+    trains = bool(train.epochs) and (not chosen or any(item.method.trains for item in chosen))
     if trains:
         optimizer_of([{"params": [nn.Parameter(torch.zeros(1))]}], train, plugins)  # refuses wrong options now
     elif recipe.devices > 1:

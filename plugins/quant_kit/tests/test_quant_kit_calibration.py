@@ -15,6 +15,7 @@ from eff.run import Run
 from eff.session import Plugins
 from eff_quant_kit.calibration import CalibrationSet
 from eff_quant_kit.folding import fold_batch_norms, fold_pairs
+from eff_quant_kit.neighbours import activations_after
 
 
 class Branches(nn.Module):
@@ -128,3 +129,31 @@ def test_the_same_samples_have_the_same_fingerprint_and_others_another(run):
 def test_few_samples_draw_a_warning(run):
     with CalibrationSet(run, 8, 4, plugin="quant_x"):
         assert any("8 samples" in warning for warning in run.log.warnings)
+
+
+def test_activations_are_found_as_modules_and_as_functions():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(7))
+            self.module, self.six = nn.ReLU(inplace=True), nn.ReLU6()
+
+        def forward(self, x):
+            x = self.module(self.layers[0](x))
+            x = torch.relu(self.layers[1](x))
+            x = self.six(self.layers[2](x))
+            x = self.layers[3](x).clamp(min=0)
+            x = nn.functional.relu6(self.layers[4](x))
+            x = nn.functional.gelu(self.layers[5](x))
+            return self.layers[6](x)
+
+    model = Net()
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    found = activations_after(layers, lambda: model(torch.rand(2, 4)))
+    assert found == {
+        "layers.0": "relu",
+        "layers.1": "relu",
+        "layers.2": "relu6",
+        "layers.3": "relu",
+        "layers.4": "relu6",
+    }

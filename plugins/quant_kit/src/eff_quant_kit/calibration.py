@@ -133,6 +133,11 @@ class CalibrationSet:
             yield move_batch({**batch, **plain}, self.run.device)
             start += size
 
+    def draw(self, index: Tensor) -> Batch:
+        """Return the samples of `index` as one batch."""
+        batch: Batch = {key: rows.read(index) for key, rows in self.columns.items()}
+        return move_batch(batch, self.run.device)
+
     def fingerprint(self) -> str:
         """Return a short hash of the samples."""
         digest = hashlib.sha256()
@@ -157,7 +162,7 @@ class CalibrationSet:
         module = model.get_submodule(name)
         single = _calls_once(model, module, self.run, next(iter(self)))
 
-        def keep(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        def keep(module: nn.Module, arguments: tuple[Any, ...], output: Any = None) -> None:
             x = arguments[0]
             if not bool(torch.isfinite(x).all()):
                 raise RunError(f"{name}: its input holds NaN or infinity; check the data and the layers before it")
@@ -168,7 +173,7 @@ class CalibrationSet:
             if single:
                 raise _Reached
 
-        handle = module.register_forward_hook(keep)
+        handle = module.register_forward_hook(keep) if outputs else module.register_forward_pre_hook(keep)
         was_training = model.training
         model.eval()
         try:

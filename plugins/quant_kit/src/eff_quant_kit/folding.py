@@ -8,7 +8,8 @@ concatenations and any `forward` are dealt with in one way. A fold that changes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from eff_quant_kit.layers import CONVOLUTIONS, replace_module
+from eff_quant_kit.neighbours import layer_of, remembered_outputs
 
 TOLERANCE = 1e-3
 """Largest change of an output, relative to the largest output, that folding may make in float32."""
@@ -95,32 +97,19 @@ def _pairs(model: nn.Module, forward: Callable[[], Any]) -> tuple[list[tuple[str
     norms = {
         name: module for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
     }
-    outputs: list[tuple[str, Tensor]] = []  # keeps the tensors alive, so that identity means what it says
     seen: dict[str, list[str | None]] = {}
-    calls: dict[str, int] = {}
-
-    def remember(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-            outputs.append((name, output))
-            calls[name] = calls.get(name, 0) + 1
-
-        return hook
 
     def look(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            source = next((layer for layer, output in reversed(outputs) if output is arguments[0]), None)
-            seen.setdefault(name, []).append(source)
+        return lambda module, arguments: seen.setdefault(name, []).append(layer_of(outputs, arguments[0]))
 
-        return hook
-
-    handles = [module.register_forward_hook(remember(name)) for name, module in layers.items()]
-    handles += [module.register_forward_pre_hook(look(name)) for name, module in norms.items()]
+    handles = [module.register_forward_pre_hook(look(name)) for name, module in norms.items()]
     try:
-        with torch.no_grad():
+        with remembered_outputs(layers) as outputs, torch.no_grad():
             forward()
     finally:
         for handle in handles:
             handle.remove()
+    calls = Counter(name for name, _ in outputs)
     left: dict[str, str] = {}
     pairs: list[tuple[str, str]] = []
     for name in [*seen, *(name for name in norms if name not in seen)]:
@@ -135,7 +124,7 @@ def _pairs(model: nn.Module, forward: Callable[[], Any]) -> tuple[list[tuple[str
     return [pair for pair in pairs if pair[1] not in left], left
 
 
-def _obstacle(norm: nn.Module, sources: list[str | None], calls: dict[str, int]) -> str:
+def _obstacle(norm: nn.Module, sources: list[str | None], calls: Mapping[str, int]) -> str:
     if not isinstance(norm, Norm):
         return f"{type(norm).__name__} is no plain batch norm"
     if norm.running_mean is None or norm.running_var is None:

@@ -85,6 +85,18 @@ def find_layers(model: nn.Module, matmuls: bool = False) -> dict[str, nn.Module]
     }
 
 
+def unquantizable(model: nn.Module, layers: Iterable[str]) -> dict[str, str]:
+    """Return modules with weight matrices of their own that are none of `layers`, by name with their type."""
+    taken = set(layers)
+    return {
+        name: type(module).__name__
+        for name, module in model.named_modules()
+        if name not in taken
+        and not name.startswith(tuple(f"{other}." for other in taken))
+        and any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
+    }
+
+
 def check_layers(plugin: str, model: nn.Module, layers: dict[str, nn.Module], exclude: Sequence[str]) -> None:
     """Raise where there is nothing to quantize or `exclude` names no layer.
 

@@ -1,7 +1,8 @@
 """ONNX with QuantizeLinear and DequantizeLinear: integer weights in the file, 8-bit containers.
 
 Fewer than 8 bits are stored in int8/uint8: the input is clipped to the range before QuantizeLinear,
-so the values are those of the narrower integer. An LSQ+ offset is subtracted before and added after.
+so the values are those of the narrower integer. An offset that is a whole number of scales becomes the zero point; any
+other (LSQ+) is subtracted before and added after.
 """
 
 from __future__ import annotations
@@ -26,6 +27,18 @@ def _container(signed: bool) -> torch.dtype:
     return torch.int8 if signed else torch.uint8
 
 
+def _zero_point(quantizer: Quantizer) -> tuple[Tensor, Tensor | None]:
+    """Return zero point (integers, float32, like the scale) and the offset where that cannot be one."""
+    scale = quantizer.scale.detach().float()
+    if quantizer.offset is None:
+        return torch.zeros_like(scale), None
+    offset = quantizer.offset.detach().float()
+    zero = (-offset / scale).round()
+    whole = bool(((-offset / scale) - zero).abs().max() < 1e-3)
+    inside = bool((zero >= quantizer.q_min).all() and (zero <= quantizer.q_max).all())
+    return (zero, None) if whole and inside else (torch.zeros_like(scale), offset.clone())
+
+
 class OnnxQuantizer(nn.Module):
     """An activation quantizer as ONNX operators."""
 
@@ -36,10 +49,11 @@ class OnnxQuantizer(nn.Module):
         self.q_min, self.q_max = quantizer.q_min, quantizer.q_max
         self.dtype = _container(quantizer.signed)
         self.register_buffer("scale", quantizer.scale.detach().float().clone())
-        self.register_buffer("zero", torch.zeros((), dtype=self.dtype))
-        offset = None if quantizer.offset is None else quantizer.offset.detach().float().clone()
+        zero, offset = _zero_point(quantizer)
+        self.register_buffer("zero", zero.to(self.dtype))
         self.register_buffer("offset", offset)
-        self.low, self.high = float(self.q_min * self.scale), float(self.q_max * self.scale)
+        scale = float(quantizer.scale)
+        self.low, self.high = (self.q_min - float(zero)) * scale, (self.q_max - float(zero)) * scale
         self.full = quantizer.bits == 8 and not quantizer.narrow_range
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,7 +86,10 @@ class OnnxLayer(nn.Module):
             self.axis = quantizer.axis
             self.register_buffer("codes", quantizer.levels(source.layer.weight).to(dtype))  # type: ignore[arg-type]
             self.register_buffer("scale", quantizer.scale.detach().float().clone())
-            self.register_buffer("zero", torch.zeros(quantizer.scale.shape, dtype=dtype))
+            zero, offset = _zero_point(quantizer)
+            if offset is not None:
+                raise ValueError(f"{quantizer.name}: its offset is no whole number of steps; ONNX has no such weights")
+            self.register_buffer("zero", zero.to(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output."""

@@ -40,6 +40,7 @@ def pack_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "shape": list(weight.shape),
             "axis": quantizer.axis,
             "scale": f"{name}.weight_quantizer.scale",
+            "offset": None if quantizer.offset is None else f"{name}.weight_quantizer.offset",
             "dtype": str(weight.dtype).removeprefix("torch."),
         }
     return state, details
@@ -57,10 +58,11 @@ def unpack_state(tensors: dict[str, Tensor], details: dict[str, Any]) -> dict[st
     for key, item in details.items():
         shape = torch.Size(item["shape"])
         levels = unpack_bits(tensors[key], item["bits"], shape.numel()).view(shape) + item["q_min"]
-        scale = tensors[item["scale"]]
-        if item["axis"] is not None:
-            scale = scale.view([-1 if index == item["axis"] else 1 for index in range(len(shape))])
-        state[key] = (levels * scale).to(getattr(torch, item["dtype"]))
+        spread = [-1 if index == item["axis"] else 1 for index in range(len(shape))] if item["axis"] is not None else []
+        weight = levels * tensors[item["scale"]].view(spread)
+        if item.get("offset"):
+            weight = weight + tensors[item["offset"]].view(spread)
+        state[key] = weight.to(getattr(torch, item["dtype"]))
     return state
 
 
