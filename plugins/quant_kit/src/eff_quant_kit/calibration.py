@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +132,18 @@ class CalibrationSet:
             batch = {key: rows.read(slice(start, start + size)) for key, rows in self.columns.items()}
             yield move_batch({**batch, **plain}, self.run.device)
             start += size
+
+    def replace(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Change the floating-point inputs (two dimensions or more), batch by batch."""
+        for key, rows in self.columns.items():
+            if rows.dtype.is_floating_point and len(rows.shape):
+                changed = Rows(self.folder, f"changed-{key}")
+                start = 0
+                for size in self.sizes:
+                    changed.append(change(rows.read(slice(start, start + size))))
+                    start += size
+                rows.drop()
+                self.columns[key] = changed
 
     def draw(self, index: Tensor) -> Batch:
         """Return the samples of `index` as one batch."""

@@ -1,7 +1,7 @@
 """The packed file: weights as bit-packed integers in safetensors, everything else as it is.
 
-Per packed weight the header's details hold bits, smallest level, shape and channel axis; the scale
-is the weight quantizer's own. Batch-norm counters are kept, so the file restores the whole model.
+Per packed weight the header's details hold bits (by channel where they differ), smallest level, shape, channel axis and,
+for levels that are not evenly spaced, the table of their values; scale and offset are the weight quantizer's own. Batch-norm counters are kept, so the file restores the whole model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from eff.exporting import make_header
 from eff.run import Run
 from eff_kernels.packing import pack_bits, unpack_bits
 from eff_quant_kit.layers import quant_layers
-from eff_quant_kit.quantizer import Quantizer
+from eff_quant_kit.quantizer import Quantizer, integer_range
 
 ENCODING = "quant-packed"
 
@@ -32,8 +32,8 @@ def pack_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
             continue
         key = f"{name}.layer.weight"
         weight = state[key]
-        codes = quantizer.levels(layer.layer.weight).cpu() - quantizer.q_min  # type: ignore[arg-type]
-        state[key] = pack_bits(codes, quantizer.bits)
+        levels = quantizer.levels(layer.layer.weight).cpu()  # type: ignore[arg-type]
+        state[key] = _packed(levels, quantizer)
         details[key] = {
             "bits": quantizer.bits,
             "q_min": quantizer.q_min,
@@ -43,7 +43,37 @@ def pack_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "offset": None if quantizer.offset is None else f"{name}.weight_quantizer.offset",
             "dtype": str(weight.dtype).removeprefix("torch."),
         }
+        if quantizer.channel_bits is not None:
+            details[key] |= {"channel_bits": list(quantizer.channel_bits), "signed": quantizer.signed}
+        if (table := getattr(quantizer, "table", None)) is not None:
+            details[key]["table"] = table.tolist()
     return state, details
+
+
+def _packed(levels: Tensor, quantizer: Quantizer) -> Tensor:
+    """Return the bytes of a weight's levels; where channels differ in bits, those of 2 bits first, then 3, and so on."""
+    if quantizer.channel_bits is None:
+        return pack_bits(levels - quantizer.q_min, quantizer.bits)
+    bits = torch.tensor(quantizer.channel_bits)
+    parts = [pack_bits(levels[bits == b] - integer_range(b, quantizer.signed)[0], b) for b in bits.unique().tolist()]
+    return torch.cat(parts)
+
+
+def _levels(packed: Tensor, item: dict[str, Any]) -> Tensor:
+    """Undo `_packed`."""
+    shape = torch.Size(item["shape"])
+    if "channel_bits" not in item:
+        return unpack_bits(packed, item["bits"], shape.numel()).view(shape) + item["q_min"]
+    bits = torch.tensor(item["channel_bits"])
+    levels = torch.empty(shape, dtype=torch.int32)
+    start = 0
+    for b in bits.unique().tolist():
+        count = int((bits == b).sum()) * shape[1:].numel()
+        size = -(-count * b // 8)
+        part = unpack_bits(packed[start : start + size], b, count).view(-1, *shape[1:])
+        levels[bits == b] = part.to(torch.int32) + integer_range(b, item["signed"])[0]
+        start += size
+    return levels
 
 
 def unpack_state(tensors: dict[str, Tensor], details: dict[str, Any]) -> dict[str, Tensor]:
@@ -56,10 +86,10 @@ def unpack_state(tensors: dict[str, Tensor], details: dict[str, Any]) -> dict[st
     """
     state = dict(tensors)
     for key, item in details.items():
-        shape = torch.Size(item["shape"])
-        levels = unpack_bits(tensors[key], item["bits"], shape.numel()).view(shape) + item["q_min"]
+        shape, levels = item["shape"], _levels(tensors[key], item)
         spread = [-1 if index == item["axis"] else 1 for index in range(len(shape))] if item["axis"] is not None else []
-        weight = levels * tensors[item["scale"]].view(spread)
+        values = torch.tensor(item["table"])[(levels - item["q_min"]).long()] if "table" in item else levels
+        weight = values * tensors[item["scale"]].view(spread)
         if item.get("offset"):
             weight = weight + tensors[item["offset"]].view(spread)
         state[key] = weight.to(getattr(torch, item["dtype"]))

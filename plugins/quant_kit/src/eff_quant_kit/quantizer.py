@@ -63,6 +63,13 @@ class Quantizer(nn.Module):
         self.initialised: Tensor
         self.register_buffer("initialised", torch.zeros((), dtype=torch.bool))
         self.grad_scale = 1.0
+        self.channel_bits: tuple[int, ...] | None = None
+        """Bits of each channel where they differ; `bits` is then the most of them."""
+
+    @property
+    def mean_bits(self) -> float:
+        """Bits per value, averaged over the channels."""
+        return self.bits if self.channel_bits is None else sum(self.channel_bits) / len(self.channel_bits)
 
     def set_signed(self, signed: bool) -> None:
         """Choose the signed or the unsigned range."""

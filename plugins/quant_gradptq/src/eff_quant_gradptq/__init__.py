@@ -1,0 +1,3 @@
+"""Gradient-based post-training quantization: learned rounding."""
+
+__version__ = "0.1.0"
