@@ -1,11 +1,19 @@
 """The packed file: weights as bit-packed integers in safetensors, everything else as it is.
 
-Per packed weight the header's details hold bits (by channel where they differ), smallest level, shape, channel axis and,
-for levels that are not evenly spaced, the table of their values; scale and offset are the weight quantizer's own. Batch-norm counters are kept, so the file restores the whole model.
+What is packed says so itself: a module with a method `packed(prefix)` returns, by key of the state dict, the bytes that
+replace it, JSON details with a "kind" that names the decoder, and tables (scales, codebooks) in the dtype of the file.
+
+    levels      integers times a scale; bits (by channel where they differ), smallest level, shape, channel axis and, for
+                levels that are not evenly spaced, the table of their values. What QuantLayer holds.
+    codebook    indices of codewords, ceil(log2 k) bits each, and their codebooks in float16
+
+Batch-norm counters are kept, so the file restores the whole model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,41 +24,101 @@ from eff.checkpoint import header_metadata
 from eff.exporting import make_header
 from eff.run import Run
 from eff_kernels.packing import pack_bits, unpack_bits
-from eff_quant_kit.layers import quant_layers
+from eff_quant_kit.codebooks import pack_indices, unpack_indices
+from eff_quant_kit.layers import QuantLayer
 from eff_quant_kit.quantizer import Quantizer, integer_range
 
 ENCODING = "quant-packed"
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What the file holds instead of one entry of the state dict."""
+
+    data: Tensor
+    """uint8 vector."""
+    details: dict[str, Any]
+    """JSON values; "kind" names the decoder in `DECODERS`."""
+    tables: dict[str, Tensor] = field(default_factory=dict)
+    """Entries of the state dict, by their full key, that the file holds in another dtype; counted with the scales."""
+
+
+def packed_codes(codes: Tensor, k: int, tables: dict[str, Tensor]) -> Packed:
+    """Return how codes (any shape, integers below k) are packed; the tables, by full key, become float16.
+
+    For equal predictions the model must compute with tables that float16 holds: `in_half_precision`.
+
+    Raises:
+        ValueError: a table does not fit float16.
+    """
+    for key, table in tables.items():
+        if not bool(torch.isfinite(table.half()).all()):
+            raise ValueError(f"'{key}' holds values beyond float16")
+    details = {
+        "kind": "codebook",
+        "k": k,
+        "shape": list(codes.shape),
+        "dtype": _name(codes.dtype),
+        "tables": {key: _name(table.dtype) for key, table in tables.items()},
+    }
+    halves = {key: table.detach().half().cpu().contiguous() for key, table in tables.items()}
+    return Packed(pack_indices(codes.detach().cpu(), k), details, halves)
+
+
+def in_half_precision(table: Tensor) -> Tensor:
+    """Return `table` rounded to what float16 holds, in its own dtype."""
+    return table.half().to(table.dtype)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def packed_parts(model: nn.Module) -> dict[str, Packed]:
+    """Return what the modules of `model` pack, by key of the state dict; a shared module comes once."""
+    parts: dict[str, Packed] = {}
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        if isinstance(module, QuantLayer):
+            parts |= _packed_levels(module, prefix)
+        elif callable(pack := getattr(module, "packed", None)):
+            parts |= pack(prefix)
+    return parts
 
 
 def pack_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors of the packed file and the details that `unpack_state` needs."""
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     details: dict[str, Any] = {}
-    for name, layer in quant_layers(model).items():
-        quantizer = layer.weight_quantizer
-        if quantizer is None:
-            continue
-        key = f"{name}.layer.weight"
-        weight = state[key]
-        levels = quantizer.levels(layer.layer.weight).cpu()  # type: ignore[arg-type]
-        state[key] = _packed(levels, quantizer)
-        details[key] = {
-            "bits": quantizer.bits,
-            "q_min": quantizer.q_min,
-            "shape": list(weight.shape),
-            "axis": quantizer.axis,
-            "scale": f"{name}.weight_quantizer.scale",
-            "offset": None if quantizer.offset is None else f"{name}.weight_quantizer.offset",
-            "dtype": str(weight.dtype).removeprefix("torch."),
-        }
-        if quantizer.channel_bits is not None:
-            details[key] |= {"channel_bits": list(quantizer.channel_bits), "signed": quantizer.signed}
-        if (table := getattr(quantizer, "table", None)) is not None:
-            details[key]["table"] = table.tolist()
+    for key, part in packed_parts(model).items():
+        state |= {key: part.data, **part.tables}
+        details[key] = part.details
     return state, details
 
 
-def _packed(levels: Tensor, quantizer: Quantizer) -> Tensor:
+def _packed_levels(layer: QuantLayer, prefix: str) -> dict[str, Packed]:
+    quantizer = layer.weight_quantizer
+    if quantizer is None:
+        return {}
+    weight: Tensor = layer.layer.weight  # type: ignore[assignment]
+    details = {
+        "kind": "levels",
+        "bits": quantizer.bits,
+        "q_min": quantizer.q_min,
+        "shape": list(weight.shape),
+        "axis": quantizer.axis,
+        "scale": f"{prefix}weight_quantizer.scale",
+        "offset": None if quantizer.offset is None else f"{prefix}weight_quantizer.offset",
+        "dtype": _name(weight.dtype),
+    }
+    if quantizer.channel_bits is not None:
+        details |= {"channel_bits": list(quantizer.channel_bits), "signed": quantizer.signed}
+    if (table := getattr(quantizer, "table", None)) is not None:
+        details["table"] = table.tolist()
+    return {f"{prefix}layer.weight": Packed(_bytes(quantizer.levels(weight).cpu(), quantizer), details)}
+
+
+def _bytes(levels: Tensor, quantizer: Quantizer) -> Tensor:
     """Return the bytes of a weight's levels; where channels differ in bits, those of 2 bits first, then 3, and so on."""
     if quantizer.channel_bits is None:
         return pack_bits(levels - quantizer.q_min, quantizer.bits)
@@ -60,7 +128,7 @@ def _packed(levels: Tensor, quantizer: Quantizer) -> Tensor:
 
 
 def _levels(packed: Tensor, item: dict[str, Any]) -> Tensor:
-    """Undo `_packed`."""
+    """Undo `_bytes`."""
     shape = torch.Size(item["shape"])
     if "channel_bits" not in item:
         return unpack_bits(packed, item["bits"], shape.numel()).view(shape) + item["q_min"]
@@ -76,23 +144,44 @@ def _levels(packed: Tensor, item: dict[str, Any]) -> Tensor:
     return levels
 
 
-def unpack_state(tensors: dict[str, Tensor], details: dict[str, Any]) -> dict[str, Tensor]:
-    """Return a state dict with the weights as levels times scale.
+def _decode_levels(tensors: dict[str, Tensor], key: str, item: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the weight as levels times scale; quantizing it again gives the same levels."""
+    shape, levels = item["shape"], _levels(tensors[key], item)
+    spread = [-1 if index == item["axis"] else 1 for index in range(len(shape))] if item["axis"] is not None else []
+    values = torch.tensor(item["table"])[(levels - item["q_min"]).long()] if "table" in item else levels
+    weight = values * tensors[item["scale"]].view(spread)
+    if item.get("offset"):
+        weight = weight + tensors[item["offset"]].view(spread)
+    return {key: weight.to(getattr(torch, item["dtype"]))}
 
-    Quantizing these weights again gives the same levels, so predictions are those of the original.
+
+def _decode_codebook(tensors: dict[str, Tensor], key: str, item: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the codes as integers and the tables in their own dtype."""
+    shape = torch.Size(item["shape"])
+    codes = unpack_indices(tensors[key], item["k"], shape.numel()).view(shape)
+    tables = {name: tensors[name].to(getattr(torch, dtype)) for name, dtype in item["tables"].items()}
+    return {key: codes.to(getattr(torch, item["dtype"])), **tables}
+
+
+DECODERS: dict[str, Callable[[dict[str, Tensor], str, dict[str, Any]], dict[str, Tensor]]] = {
+    "levels": _decode_levels,
+    "codebook": _decode_codebook,
+}
+"""Kind -> function(tensors of the file, key, details of that key) -> entries of the state dict."""
+
+
+def unpack_state(tensors: dict[str, Tensor], details: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the state dict of a packed file; predictions are those of the model that was packed.
 
     Raises:
         KeyError, ValueError: the file does not fit its header.
     """
     state = dict(tensors)
     for key, item in details.items():
-        shape, levels = item["shape"], _levels(tensors[key], item)
-        spread = [-1 if index == item["axis"] else 1 for index in range(len(shape))] if item["axis"] is not None else []
-        values = torch.tensor(item["table"])[(levels - item["q_min"]).long()] if "table" in item else levels
-        weight = values * tensors[item["scale"]].view(spread)
-        if item.get("offset"):
-            weight = weight + tensors[item["offset"]].view(spread)
-        state[key] = weight.to(getattr(torch, item["dtype"]))
+        kind = item.get("kind", "levels")
+        if kind not in DECODERS:
+            raise ValueError(f"'{key}' is packed as '{kind}', which is none of {', '.join(DECODERS)}")
+        state |= DECODERS[kind](tensors, key, item)
     return state
 
 
@@ -107,16 +196,16 @@ def write_packed(model: nn.Module, path: Path, run: Run) -> dict[str, Any]:
 
 
 def sizes(model: nn.Module) -> dict[str, int]:
-    """Return the bytes of the packed weights, of the scales and offsets, and of everything else."""
-    state, details = pack_state(model)
-    quantizers = {f"{name}." for name, module in model.named_modules() if isinstance(module, Quantizer)}
-    codes = sum(state[key].numel() for key in details)
-    scales = rest = 0
+    """Return the bytes of the codes, of scales, offsets and codebooks, and of everything else."""
+    parts, (state, _) = packed_parts(model), pack_state(model)
+    quantizers = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Quantizer))
+    tables = {key for part in parts.values() for key in part.tables}
+    codes = scales = rest = 0
     for key, value in state.items():
-        if key in details:
-            continue
         bytes_ = value.numel() * value.element_size()
-        if any(key.startswith(prefix) for prefix in quantizers):
+        if key in parts:
+            codes += bytes_
+        elif key in tables or (quantizers and key.startswith(quantizers)):
             scales += bytes_
         else:
             rest += bytes_
