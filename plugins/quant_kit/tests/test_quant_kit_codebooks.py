@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from eff_quant_kit.codebook_layers import CodebookLinear
 from eff_quant_kit.codebooks import (
     centroids,
     decode,
@@ -193,3 +194,22 @@ def test_a_codebook_beyond_float16_is_refused():
     with pytest.raises(ValueError, match="'c' holds values beyond float16"):
         packed_codes(torch.zeros(2, dtype=torch.uint8), 2, {"c": torch.tensor([[1e6], [0.0]])})
     assert isinstance(packed_codes(torch.zeros(2, dtype=torch.uint8), 2, {"c": torch.ones(2, 1)}), Packed)
+
+
+@pytest.mark.parametrize(("k", "columns"), [(16, 4), (16, 3), (32, 4), (300, 2)])
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_linear_layer_of_codes_multiplies_with_its_weight_and_survives_the_file(k, columns, rank):
+    d = 3
+    codes = torch.randint(k, (5, columns), generator=torch.Generator().manual_seed(0))
+    projection = None if rank is None else in_half_precision(normal(rank, d, seed=2))
+    layer = CodebookLinear(codes, in_half_precision(normal(k, rank or d)), normal(5, seed=1), projection)
+    words = layer.codebook if projection is None else layer.codebook @ projection
+    x = normal(2, 4, columns * d)
+    torch.testing.assert_close(layer(x), x @ words[codes].flatten(1).t() + layer.bias)
+    layer(x).square().sum().backward()
+    assert layer.codebook.grad is not None and layer.bias.grad is not None
+    state, details = pack_state(nn.Sequential(layer))
+    back = nn.Sequential(CodebookLinear.empty((5, columns * d), k, d, rank=rank))
+    back.load_state_dict(unpack_state(state, details))
+    assert torch.equal(back(x), layer(x))
+    assert sizes(nn.Sequential(layer))["code_bytes"] == pack_indices(codes, k).numel()

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from eff.checkpoint import header_metadata
 from eff.exporting import make_header
 from eff.run import Run
+from eff_kernels.codebook_matmul import pack_codes
 from eff_kernels.packing import pack_bits, unpack_bits
 from eff_quant_kit.codebooks import pack_indices, unpack_indices
 from eff_quant_kit.layers import QuantLayer
@@ -43,10 +44,11 @@ class Packed:
     """Entries of the state dict, by their full key, that the file holds in another dtype; counted with the scales."""
 
 
-def packed_codes(codes: Tensor, k: int, tables: dict[str, Tensor]) -> Packed:
+def packed_codes(codes: Tensor, k: int, tables: dict[str, Tensor], op_bits: int | None = None) -> Packed:
     """Return how codes (any shape, integers below k) are packed; the tables, by full key, become float16.
 
-    For equal predictions the model must compute with tables that float16 holds: `in_half_precision`.
+    For equal predictions the model must compute with tables that float16 holds: `in_half_precision`. With `op_bits` the
+    entry of the state dict is what `eff_kernels.codebook_matmul.pack_codes` makes of the codes, else the codes.
 
     Raises:
         ValueError: a table does not fit float16.
@@ -54,13 +56,15 @@ def packed_codes(codes: Tensor, k: int, tables: dict[str, Tensor]) -> Packed:
     for key, table in tables.items():
         if not bool(torch.isfinite(table.half()).all()):
             raise ValueError(f"'{key}' holds values beyond float16")
-    details = {
+    details: dict[str, Any] = {
         "kind": "codebook",
         "k": k,
         "shape": list(codes.shape),
         "dtype": _name(codes.dtype),
         "tables": {key: _name(table.dtype) for key, table in tables.items()},
     }
+    if op_bits is not None:
+        details["op_bits"] = op_bits
     halves = {key: table.detach().half().cpu().contiguous() for key, table in tables.items()}
     return Packed(pack_indices(codes.detach().cpu(), k), details, halves)
 
@@ -160,7 +164,8 @@ def _decode_codebook(tensors: dict[str, Tensor], key: str, item: dict[str, Any])
     shape = torch.Size(item["shape"])
     codes = unpack_indices(tensors[key], item["k"], shape.numel()).view(shape)
     tables = {name: tensors[name].to(getattr(torch, dtype)) for name, dtype in item["tables"].items()}
-    return {key: codes.to(getattr(torch, item["dtype"])), **tables}
+    found = pack_codes(codes, item["op_bits"]) if "op_bits" in item else codes.to(getattr(torch, item["dtype"]))
+    return {key: found, **tables}
 
 
 DECODERS: dict[str, Callable[[dict[str, Tensor], str, dict[str, Any]], dict[str, Tensor]]] = {
