@@ -28,12 +28,13 @@ class Condition(nn.Module):
 
     def __init__(self, width: int, classes: int):
         super().__init__()
+        self.half = width // 2
         self.fc1, self.fc2 = nn.Linear(width, width), nn.Linear(width, width)
         self.labels = nn.Embedding(classes + 1, width) if classes else None
 
     def forward(self, t: Tensor, labels: Tensor | None) -> Tensor:
         """Return (N, width)."""
-        half = self.fc1.in_features // 2
+        half = self.half
         rates = torch.exp(-math.log(1000.0) * torch.arange(half, device=t.device) / half)
         angles = t[:, None].float() * rates
         c = self.fc2(F.silu(self.fc1(torch.cat([angles.sin(), angles.cos()], 1))))
