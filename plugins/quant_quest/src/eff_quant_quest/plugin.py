@@ -88,7 +88,22 @@ class QuEST(Method[QuESTConfig]):
             self.ptq = copy.deepcopy(self.calibrated.model)
         self.structure["time_layers"] = list(self.calibrated.time)
         self.structure["sensitive_layers"] = list(self.calibrated.sensitive)
+        if not self.finetuning.steps:
+            self._measure(self.calibrated.model, run)
         return self.calibrated.model
+
+    def _measure(self, model: nn.Module, run: Run) -> None:
+        """Compare with the float model while it is here; a checkpoint remembers the figures."""
+        from eff_quant_quest.report import measure
+
+        if self.calibrated is not None:
+            values, table = measure(model, self.ptq, self.calibrated, run.data, run)
+            self.structure |= {"measured": values, "errors": table}  # type: ignore[dict-item]
+
+    def finish(self, model: nn.Module, run: Run) -> nn.Module:
+        """Measure the finetuned model against the float one."""
+        self._measure(model, run)
+        return model
 
     @hookimpl
     def train_step(self, step: Step) -> StepResult:
@@ -103,9 +118,16 @@ class QuEST(Method[QuESTConfig]):
     def evaluate(self, model: nn.Module, data: Data, run: Run) -> Metrics:
         """Report the error by timestep, Frechet distances, sizes; draw samples."""
         from eff_quant_kit.diffusion.time_aware import time_aware
-        from eff_quant_quest.report import describe
+        from eff_quant_quest.report import describe, draw
 
-        return describe(model, self.ptq, self.calibrated, data, run) if time_aware(model) else Metrics()
+        if not time_aware(model):
+            return Metrics()
+        if run.keeps_files and self.calibrated is not None:
+            from eff_quant_kit.diffusion.pictures import draw_samples
+
+            with run.output("samples.png", format="png") as path:
+                draw_samples(path, draw(model, self.ptq, self.calibrated, run))
+        return describe(model, self.structure)
 
     @hookimpl
     def export(self, model: nn.Module, target: ExportTarget, run: Run) -> Artifact | None:
