@@ -19,14 +19,15 @@ from eff_quant_kit.quantizer import Quantizer
 class AdaptedWeight(nn.Module):
     """Computes a layer's quantized weight from its frozen base, two factors, a trained scale and a fixed zero point."""
 
-    def __init__(self, quantizer: Quantizer, weight: Tensor, rank: int, packed: bool, groups: int = 1):
+    def __init__(self, quantizer: Quantizer, weight: Tensor, rank: int, packed: bool):
         super().__init__()
-        rank = min(rank, len(weight) // groups, weight[0].numel())
+        rank = min(rank, len(weight), weight[0].numel())
         scale, offset = quantizer.scale.detach(), quantizer.offset
         assert offset is not None
         self.q_max, self.shape = quantizer.q_max, weight.shape
         self.spread = [-1] + [1] * (weight.ndim - 1)
         self.scale = nn.Parameter(scale.clone())
+        self.first_scale = scale.clone()
         self.zero_point = (-offset.detach() / scale).round()
         base = weight.detach().clone()
         # the base keeps its own scale: shared with the trained one, W_0 would move with delta
@@ -71,7 +72,9 @@ def merge(model: nn.Module, bits: int) -> dict[str, float]:
         if not isinstance(layer, QuantLayer) or not isinstance(layer.weight_quantizer, AdaptedWeight):
             continue
         adapted = layer.weight_quantizer
-        start = (adapted.base / adapted.scale.view(adapted.spread)).round() + adapted.zero_point.view(adapted.spread)
+        start = (adapted.base / adapted.first_scale.view(adapted.spread)).round() + adapted.zero_point.view(
+            adapted.spread
+        )
         levels = adapted.levels()
         changed[name] = float((levels != start.clamp(0, adapted.q_max)).double().mean())
         quantizer = Quantizer(bits, False, channels=len(levels), axis=0, with_offset=True).to(levels.device)
