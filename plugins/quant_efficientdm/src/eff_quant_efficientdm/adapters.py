@@ -79,6 +79,6 @@ def merge(model: nn.Module, bits: int) -> dict[str, float]:
         changed[name] = float((levels != start.clamp(0, adapted.q_max)).double().mean())
         quantizer = Quantizer(bits, False, channels=len(levels), axis=0, with_offset=True).to(levels.device)
         quantizer.set_scale(adapted.scale, -adapted.zero_point * adapted.scale)
-        layer.layer.weight.copy_(adapted(levels))  # type: ignore[operator,union-attr]
+        layer.layer.weight.copy_(adapted(levels))
         layer.weight_quantizer = quantizer.requires_grad_(False)
     return changed

@@ -190,7 +190,7 @@ class Calibrated:
             groups.setdefault(re.sub(r"\d+", "*", name.rpartition(".")[0]) + "." + name.rpartition(".")[2], []).append(
                 name
             )
-        size = {name: self.teacher.get_submodule(name).weight.numel() for name in candidates}  # type: ignore[union-attr,operator]
+        size = {name: self.teacher.get_submodule(name).weight.numel() for name in candidates}  # type: ignore[operator]
         rise: dict[str, float] = {}
         for group, names in groups.items():
             kept = {name: wide.get_submodule(name) for name in names}

@@ -64,9 +64,9 @@ def w4a4_digits(run: ClaimRun) -> dict[str, list[float]]:
             measured.setdefault(name, []).append(error)
             measured.setdefault(f"samples_{name}", []).append(difference)
             measured.setdefault(f"fd_{name}", []).append(distance)
-        error = {name: values[0] for name, values in settings.items()}
-        measured.setdefault("c_per_half_a", []).append(error["c_channel"] / (0.5 * error["a_static"]))
-        measured.setdefault("e_per_f", []).append(error["e_quest"] / error["f_all_layers"])
+        means = {name: values[0] for name, values in settings.items()}
+        measured.setdefault("c_per_half_a", []).append(means["c_channel"] / (0.5 * means["a_static"]))
+        measured.setdefault("e_per_f", []).append(means["e_quest"] / means["f_all_layers"])
     return measured
 
 

@@ -48,7 +48,7 @@ class QuEST(Method[QuESTConfig]):
             ),
             paper="State of the art at several bit widths; first readable images from W4A4 Stable Diffusion (abstract).",
             seeds=(0, 1, 2),
-            minutes=4,
+            minutes=8,
         ),
     )
     sample: ClassVar = Sample(

@@ -39,7 +39,7 @@ def reconstruct(calibrated: Calibrated, iterations: int) -> None:
 def _reconstruct_layer(module: QuantLayer, inputs: Tensor, iterations: int, generator: torch.Generator) -> None:
     layer, quantizer = module.layer, module.weight_quantizer
     assert quantizer is not None and quantizer.offset is not None
-    weight: Tensor = layer.weight.detach()  # type: ignore[assignment,operator]
+    weight: Tensor = layer.weight.detach()  # type: ignore[operator]
     shape = [-1] + [1] * (weight.ndim - 1)
     scale, offset = quantizer.scale.detach().view(shape), quantizer.offset.detach().view(shape)
     floor = ((weight - offset) / scale).floor()
@@ -48,7 +48,7 @@ def _reconstruct_layer(module: QuantLayer, inputs: Tensor, iterations: int, gene
     optimizer = torch.optim.Adam([v], LR)
 
     def output(x: Tensor, w: Tensor) -> Tensor:
-        return F.linear(x, w) if isinstance(layer, nn.Linear) else layer._conv_forward(x, w, None)  # type: ignore[operator,no-any-return]
+        return F.linear(x, w) if isinstance(layer, nn.Linear) else layer._conv_forward(x, w, None)  # type: ignore[operator]
 
     for index in range(iterations):
         x = inputs[torch.randint(len(inputs), (min(BATCH, len(inputs)),), generator=generator)]
@@ -63,4 +63,4 @@ def _reconstruct_layer(module: QuantLayer, inputs: Tensor, iterations: int, gene
         optimizer.step()
     with torch.no_grad():
         hard = (floor + (soft_round(v) >= 0.5)).clamp(0, quantizer.q_max) * scale + offset
-        layer.weight.copy_(hard)  # type: ignore[operator,union-attr]
+        layer.weight.copy_(hard)  # type: ignore[operator]

@@ -182,7 +182,7 @@ def set_weights(model: nn.Module, ranges: Ranges) -> None:
     """Set scale and offset of every weight quantizer from its weight."""
     for module in model.modules():
         if isinstance(module, QuantLayer) and module.weight_quantizer is not None:
-            weight: Tensor = module.layer.weight.detach()  # type: ignore[assignment,operator]
+            weight: Tensor = module.layer.weight.detach()  # type: ignore[operator]
             low, high = ranges(weight.flatten(1), module.weight_quantizer.bits)
             scale, zero = affine(low.clamp(max=0), high.clamp(min=0), module.weight_quantizer.bits)
             module.weight_quantizer.set_scale(scale, -zero * scale)

@@ -28,13 +28,13 @@ class Condition(nn.Module):
 
     def __init__(self, width: int, classes: int):
         super().__init__()
-        self.half = width // 2
+        self.waves = width // 2
         self.fc1, self.fc2 = nn.Linear(width, width), nn.Linear(width, width)
         self.labels = nn.Embedding(classes + 1, width) if classes else None
 
     def forward(self, t: Tensor, labels: Tensor | None) -> Tensor:
         """Return (N, width)."""
-        half = self.half
+        half = self.waves
         rates = torch.exp(-math.log(1000.0) * torch.arange(half, device=t.device) / half)
         angles = t[:, None].float() * rates
         c = self.fc2(F.silu(self.fc1(torch.cat([angles.sin(), angles.cos()], 1))))
@@ -206,7 +206,7 @@ def trained_model(kind: str = "digits_dit", seed: int = 0, updates: int = 2500, 
             rows = torch.randint(len(split), (64,))
             chosen = {key: value[rows] for key, value in batch.items()}
             optimizer.zero_grad()
-            task.loss(task.forward(model, chosen), chosen).backward()
+            task.loss(task.forward(model, chosen), chosen).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
     return model.eval()
