@@ -47,6 +47,7 @@ SHIPPED = (
     "nas_tangle",
     "peft_paca",
     "quant_adaquant",
+    "quant_gradptq",
     "quant_lsq",
     "restore_deanet",
     "train_adamp",
