@@ -4,10 +4,6 @@ import copy
 
 import pytest
 import torch
-from eff_quant_efficientdm.adapters import AdaptedWeight
-from eff_quant_efficientdm.config import EfficientDMConfig
-from eff_quant_efficientdm.distill import Distillation, evaluation_path
-from eff_quant_efficientdm.plugin import EfficientDM
 from torch import nn
 from torch.nn import functional as F
 
@@ -15,6 +11,10 @@ from eff.errors import ConfigError, RequestError
 from eff.options import check_config
 from eff.run import Run
 from eff.tasks import Classification, ClassificationOptions
+from eff_quant_efficientdm.adapters import AdaptedWeight
+from eff_quant_efficientdm.config import EfficientDMConfig
+from eff_quant_efficientdm.distill import Distillation, evaluation_path
+from eff_quant_efficientdm.plugin import EfficientDM
 from eff_quant_kit.diffusion.inputs import operand_quantizer
 from eff_quant_kit.diffusion.models import DigitsDiT, DigitsUNet
 from eff_quant_kit.diffusion.sampling import path_error

@@ -14,7 +14,7 @@ from eff_quant_kit.diffusion.models import DigitsDiT, DigitsUNet
 from eff_quant_kit.diffusion.sampling import guided_noise, predict_noise, trajectories
 from eff_quant_kit.diffusion.schedule import Schedule
 from eff_quant_kit.diffusion.task import Diffusion, DiffusionOptions
-from eff_quant_kit.diffusion.time_aware import TimeAwareQuantizer, follow_timesteps
+from eff_quant_kit.diffusion.time_aware import TimeAwareQuantizer, follow_timesteps, set_timestep
 
 
 def test_the_ddim_and_ddpm_steps_are_those_of_diffusers():
@@ -187,3 +187,13 @@ def test_evaluation_repeats_itself_and_images_are_fed_from_minus_one_to_one():
     batch = {"image": torch.rand(4, 1, 8, 8), "label": torch.tensor([0, 1, 0, 1])}
     with torch.no_grad():
         torch.testing.assert_close(task.forward(model, batch), task.forward(model, batch))
+
+
+def test_a_timestep_between_the_sets_takes_the_nearest_with_a_warning(recwarn):
+    quantizer = TimeAwareQuantizer(8, [80, 40, 0])
+    model = nn.Sequential(quantizer)
+    set_timestep(model, torch.tensor([80, 0]))
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="takes those of the nearest calibrated one"):
+        set_timestep(model, torch.tensor([70, 5]))
+    assert quantizer.active.tolist() == [0, 2]

@@ -4,11 +4,6 @@ import copy
 
 import pytest
 import torch
-from eff_quant_quest.calibration import Calibrated, quantile_range
-from eff_quant_quest.config import QuESTConfig
-from eff_quant_quest.finetune import Finetuning
-from eff_quant_quest.plugin import QuEST
-from eff_quant_quest.rounding import reconstruct, soft_round
 from torch import nn
 
 from eff.errors import ConfigError, RequestError, RunError
@@ -19,6 +14,11 @@ from eff_quant_kit.diffusion.inputs import operand_quantizer, shrunk_range
 from eff_quant_kit.diffusion.models import DigitsDiT
 from eff_quant_kit.diffusion.sampling import path_error
 from eff_quant_kit.diffusion.task import Diffusion, DiffusionOptions
+from eff_quant_quest.calibration import Calibrated, quantile_range
+from eff_quant_quest.config import QuESTConfig
+from eff_quant_quest.finetune import Finetuning
+from eff_quant_quest.plugin import QuEST
+from eff_quant_quest.rounding import reconstruct, soft_round
 
 EFF_PLUGIN = "quant_quest"
 SMALL = {"calib_steps": 3, "calib_samples": 8, "time_epochs": 1, "main_epochs": 1}

@@ -47,7 +47,7 @@ class EfficientDM(Method[EfficientDMConfig]):
             ),
             paper="LDM-4 on ImageNet at W4A4: sFID 7.75 against 7.70 in float (abstract).",
             seeds=(0, 1, 2),
-            minutes=4,
+            minutes=7,
         ),
     )
     sample: ClassVar = Sample(

@@ -7,6 +7,7 @@ The gradient passes through round; outside the range it reaches s_t and z_t and 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -99,9 +100,14 @@ def time_aware(model: nn.Module) -> dict[str, TimeAwareQuantizer]:
 
 def set_timestep(model: nn.Module, t: Tensor | int) -> None:
     """Select the sets of t for all quantizers of `model`."""
-    moment = torch.as_tensor(t)
-    for quantizer in time_aware(model).values():
-        quantizer.select(moment.reshape(-1).to(quantizer.timesteps.device))
+    quantizers = time_aware(model).values()
+    moments = torch.as_tensor(t).reshape(-1)
+    for quantizer in quantizers:
+        quantizer.select(moments.to(quantizer.timesteps.device))
+    sets = next((item.timesteps for item in quantizers if len(item.timesteps) > 1), None)
+    if sets is not None and not bool(torch.isin(moments.to(sets.device), sets).all()):
+        # A constant message: Python shows it once, however many timesteps have no set.
+        warnings.warn("a timestep without a set of scales takes those of the nearest calibrated one", stacklevel=2)
 
 
 def _select(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
