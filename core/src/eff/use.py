@@ -38,9 +38,14 @@ class UseRequest:
     trust_pickle: bool = False
 
 
-def _open(
+def open_for_use(
     request: UseRequest, plugins: Plugins, log: Log, needs_data: bool, needs_task: bool = True
 ) -> tuple[OpenModel, Run]:
+    """Open a model for a command that uses it, in eval mode, with a run that trains nothing.
+
+    Raises:
+        RequestError: model or data cannot be used, or one of them is missing and needed.
+    """
     device = resolve_device(request.device)
     opened = open_model(
         ModelRequest(
@@ -91,7 +96,7 @@ def evaluate(
         check_output_folder(out, force)
     plugins = Plugins(choose(methods))
     needs_data = not methods or any(item.method.card.needs_data for item in plugins.chosen)
-    opened, run = _open(request, plugins, log, needs_data, needs_data)
+    opened, run = open_for_use(request, plugins, log, needs_data, needs_data)
     for item in plugins.chosen:
         if not item.method.card.is_for(opened.task.name):
             raise RequestError(
@@ -122,7 +127,7 @@ def predict(
     """
     if out is not None and len(inputs) > 1:
         raise RequestError("--out names one file, but there are several inputs; predict them one by one")
-    opened, run = _open(request, Plugins(), log or Log(), needs_data=False)
+    opened, run = open_for_use(request, Plugins(), log or Log(), needs_data=False)
     predictions = []
     for path in inputs:
         batch = move_batch(opened.task.read_input(path), run.device)
@@ -140,7 +145,7 @@ def export_model(
     """
     log = log or Log()
     extensions = Plugins().extensions
-    opened, run = _open(request, Plugins((), extensions), log, needs_data=False)
+    opened, run = open_for_use(request, Plugins((), extensions), log, needs_data=False)
     plugins = Plugins((), extensions, opened.applied)
     known = plugins.export_formats()
     for name in formats:
@@ -180,7 +185,7 @@ def bench(requests: Sequence[UseRequest], seconds: float = 1.0, log: Log | None 
     log = log or Log()
     rows = []
     for request in log.track(requests, "bench"):
-        opened, run = _open(request, Plugins(), log, needs_data=False)
+        opened, run = open_for_use(request, Plugins(), log, needs_data=False)
         size = request.batch_size or 64
         single = time_forward(opened.model, run, 1, seconds)
         _reset_peak(run.device)

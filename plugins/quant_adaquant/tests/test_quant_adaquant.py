@@ -250,6 +250,19 @@ def test_a_mixed_model_meets_its_size_and_says_what_the_sum_predicted():
     json.dumps(method.structure)  # goes into the checkpoint's header
 
 
+def test_a_sensitivity_file_stands_for_the_measured_costs(tmp_path):
+    layers = [
+        {"layer": name, "parameters": 1, "values": {"output_error": {"8": 0.0, "2": cost}}}
+        for name, cost in (("conv1", 5.0), ("conv2", 1.0), ("head", 4.0))
+    ]
+    file = tmp_path / "s.json"
+    file.write_text(json.dumps({"model": "m", "data": "d", "samples": 1, "bits": [8, 2], "layers": layers}))
+    # 36, 216 and 960 weights: with 0.2 of float32's size the cheap second layer alone will not do, the head must go
+    _, method, _ = calibrated(AdaQuantConfig(bits=(8, 2), target_ratio=0.2, sensitivity=str(file), **QUICK))
+    assert method.structure["programme"]["cost"] == [[0.0, 5.0], [0.0, 1.0], [0.0, 4.0]]
+    assert method.structure["bits"]["head"][0] == 2 and method.structure["bits"]["conv1"][0] == 8
+
+
 # --- norms and biases
 
 

@@ -5,14 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from eff_quant_gradptq.config import GradPTQConfig
-from eff_quant_gradptq.grid import fake_quantize, search_power, search_scale, unwarp, warp
-from eff_quant_gradptq.importance import channel_importance, greedy_bits
-from eff_quant_gradptq.losses import beta_at, distance, uniform_like
-from eff_quant_gradptq.pipeline import Pipeline
-from eff_quant_gradptq.plugin import GradPTQ
-from eff_quant_gradptq.rounding import RoundingLayer
-from eff_quant_gradptq.units import unit_names
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -27,6 +19,14 @@ from eff.schemas import CORE_TRAINING, MethodUse, Recipe
 from eff.session import Chosen, Plugins
 from eff.training import Training
 from eff.use import UseRequest, evaluate
+from eff_quant_gradptq.config import GradPTQConfig
+from eff_quant_gradptq.grid import fake_quantize, search_power, search_scale, unwarp, warp
+from eff_quant_gradptq.importance import channel_importance, greedy_bits
+from eff_quant_gradptq.losses import beta_at, distance, uniform_like
+from eff_quant_gradptq.pipeline import Pipeline
+from eff_quant_gradptq.plugin import GradPTQ
+from eff_quant_gradptq.rounding import RoundingLayer
+from eff_quant_gradptq.units import unit_names
 from eff_quant_kit.allocation import Budget, allocate
 from eff_quant_kit.calibration import CalibrationSet
 from eff_quant_kit.layers import find_layers, quant_layers

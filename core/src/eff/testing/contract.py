@@ -112,7 +112,7 @@ def _run(plugin: str, folder: Path, **changes: Any) -> Report:
 
 def _changes_models(plugin: str) -> bool:
     method_type = load_method(plugin)
-    return method_type.card.trains or hasattr(method_type, "transform")
+    return method_type().trains or hasattr(method_type, "transform")
 
 
 @contract
@@ -207,7 +207,7 @@ def an_interrupted_run_resumes_to_the_same_weights(plugin: str) -> None:
 
     from eff.runner import apply, resume
 
-    if not load_method(plugin).card.trains:
+    if not load_method(plugin)().trains:
         raise NotApplicable("the method does not train")
     recipe = _recipe(plugin)
     every_step = recipe.model_copy(update={"train": recipe.train.model_copy(update={"checkpoint_every": 1})})

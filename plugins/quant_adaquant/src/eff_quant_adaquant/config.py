@@ -39,6 +39,9 @@ class AdaQuantConfig(MethodConfig):
     ip_metric: Literal["loss", "acc", "mse"] = Field(
         "loss", description="What fewer bits cost: calibration loss, accuracy (both need labels) or output error."
     )
+    sensitivity: str | None = Field(
+        None, description="File of eff sensitivity whose output error stands for what fewer bits cost; unset: measured."
+    )
     norm_tuning: bool = Field(
         True, description="Put folded batch norms back, take their statistics afresh, fold again."
     )

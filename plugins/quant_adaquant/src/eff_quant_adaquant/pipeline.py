@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,10 +19,12 @@ from eff_quant_adaquant.insert import measure_inputs, range_layers
 from eff_quant_adaquant.layerwise import LayerUnit, put, reset, take
 from eff_quant_adaquant.quantizer import RangeLayer
 from eff_quant_adaquant.tuning import distillation_loss, tune_norms
+from eff_quant_kit.allocation import Table
 from eff_quant_kit.calibration import CalibrationSet
 from eff_quant_kit.layers import replace_module
 from eff_quant_kit.post_training import prepare
 from eff_quant_kit.reconstruction import UnitByUnit
+from eff_quant_kit.sensitivity import read_sensitivity
 
 BATCHES_PER_REPEAT, REPEATS = 3, 20
 BIAS_BATCH = 64
@@ -54,6 +58,7 @@ class Pipeline:
         prepared = prepare(PLUGIN, model, lambda: run.forward(model, batch), self.structure, run, config.exclude)
         self.folded, layers, self.order = prepared.folded, prepared.layers, prepared.order
         self.activations = prepared.activations
+        self.sensitivities = self._read_sensitivities()
         self.bits = [self._candidates(name) for name in self.order]
         self.weights = [layers[name].weight.numel() for name in self.order]  # type: ignore[union-attr,operator]
         self.budget = size_budget(self.weights, self.bits, config.target_ratio)
@@ -84,6 +89,13 @@ class Pipeline:
             ) from error
         if metric == "acc" and not self.is_classifier:
             raise ConfigError(f"{PLUGIN}: ip_metric=acc is for classifiers, the task is {self.run.task.name}; use loss")
+
+    def _read_sensitivities(self) -> Table | None:
+        if self.config.sensitivity is None:
+            return None
+        found = read_sensitivity(Path(self.config.sensitivity))
+        cost = np.array(found.table("output_error", self.config.bits, self.order, PLUGIN))
+        return np.asarray(cost - cost[:, :1])
 
     @property
     def is_classifier(self) -> bool:
@@ -207,7 +219,10 @@ class Pipeline:
                     advance(1, "")
                 return loss
 
-            cost = rises(len(self.order), len(self.config.bits), watched, base)
+            if self.sensitivities is not None:
+                cost = self.sensitivities
+            else:
+                cost = rises(len(self.order), len(self.config.bits), watched, base)
         allocation = choose_bits(cost, self.budget)
         self.choices = allocation.choices
         self._place(self.choices)
