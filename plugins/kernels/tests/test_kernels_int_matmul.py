@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eff_kernels.int_matmul import cpu, dyadic, int_matmul, longest_sum, reference
+from eff_kernels.int_matmul import cpu, dyadic, int_matmul, longest_sum, reference, scaled_int_matmul
 
 RANGES = [(-128, 127), (0, 255), (-8, 7), (0, 15)]
 PATHS = {"reference": reference, "cpu": cpu}
@@ -225,3 +225,36 @@ def test_inputs_are_not_written_to(path):
     kept = [t.clone() for t in (X, W, M, E, B)]
     int_matmul(X, W, M, E, q_min=0, q_max=255, bias=B)
     assert all(torch.equal(one, other) for one, other in zip(kept, (X, W, M, E, B), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_scaled_sums_are_those_of_numpy(path, dtype, with_bias):
+    x, weight, *_ = inputs(30, 7, 300, dtype)
+    scale, bias = torch.rand(2, 7, generator=torch.Generator().manual_seed(1))
+    expected = (x.numpy().astype(np.int64) @ weight.numpy().astype(np.int64).T) * scale.numpy().astype(np.float64)
+    expected = expected + (bias.numpy() if with_bias else 0)
+    found = scaled_int_matmul(x.view(5, 6, 300), weight, scale, bias if with_bias else None)
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found.view(30, 7).numpy(), expected, rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": X.float()}, TypeError, "scaled_int_matmul: x is float32, expected int8, uint8"),
+        ({"scale": torch.ones(3).double()}, TypeError, "scaled_int_matmul: scale is float64, expected float32"),
+        ({"scale": torch.ones(2)}, ValueError, r"scale has shape \(2,\), expected \(3,\)"),
+        ({"bias": torch.ones(4)}, ValueError, r"bias has shape \(4,\), expected \(3,\)"),
+    ],
+)
+def test_wrong_arguments_of_the_scaled_product_are_named(change, error, message):
+    with pytest.raises(error, match=message):
+        scaled_int_matmul(**{"x": X, "weight": W, "scale": torch.ones(3), "bias": torch.zeros(3), **change})
+
+
+def test_the_scaled_product_is_registered_and_compiles():
+    arguments = (X, W, torch.ones(3), torch.zeros(3))
+    torch.library.opcheck(torch.ops.eff.scaled_int_matmul.default, arguments)
+    compiled = torch.compile(scaled_int_matmul, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*arguments), scaled_int_matmul(*arguments))

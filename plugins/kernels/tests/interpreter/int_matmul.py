@@ -62,3 +62,16 @@ def test_ties(half_even):
     half = [t.to(DEVICE) for t in dyadic(torch.tensor([0.5]))]
     arguments = (x, one, *half, None, -128, 127, half_even)
     assert torch.equal(triton_kernel.forward(*arguments), reference.forward(*arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
+@pytest.mark.parametrize(("m", "n", "k"), [(0, 3, 8), (1, 33, 257), (17, 31, 40), (129, 130, 300)])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_sums_scaled_to_float(dtype, m, n, k, with_bias):
+    generator = torch.Generator().manual_seed(m + n + k)
+    low, high = (-128, 128) if dtype == torch.int8 else (0, 256)
+    x = torch.randint(low, high, (m, k), dtype=dtype, generator=generator).to(DEVICE)
+    weight = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=generator).to(DEVICE)
+    scale, bias = (torch.rand(2, n, generator=generator) / 100).to(DEVICE)
+    arguments = (x, weight, scale, bias if with_bias else None)
+    torch.testing.assert_close(triton_kernel.scaled(*arguments), reference.scaled(*arguments), rtol=1e-6, atol=1e-5)

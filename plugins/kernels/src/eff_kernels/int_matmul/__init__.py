@@ -14,7 +14,7 @@ from torch import Tensor
 from eff_kernels.checks import check_choice, check_contiguous, check_device, check_dtype, check_not_empty, check_shape
 from eff_kernels.int_matmul import library
 
-__all__ = ["dyadic", "int_matmul", "longest_sum"]
+__all__ = ["dyadic", "int_matmul", "longest_sum", "scaled_int_matmul"]
 
 ROUNDINGS = ("half_up", "half_even")
 LARGEST_RATIO = 2.0**30 - 0.25
@@ -65,14 +65,7 @@ def int_matmul(
         ValueError: a shape, device or layout does not fit, the range is empty or too wide, K is above `longest_sum`.
     """
     op = "int_matmul"
-    check_dtype(op, "x", x, (torch.int8, torch.uint8))
-    check_dtype(op, "weight", weight, (torch.int8,))
-    check_not_empty(op, "weight", weight)
-    check_shape(op, "weight", weight, ("N", x.shape[-1] if x.ndim else "K"))
-    if not x.ndim:
-        raise ValueError(f"{op}: x has no dimensions, expected (..., {weight.shape[1]})")
-    check_contiguous(op, "weight", weight)
-    check_device(op, "weight", weight, "x", x)
+    _check_operands(op, x, weight)
     for name, value in (("multiplier", multiplier), ("shift", shift), ("bias", bias)):
         if value is not None:
             check_dtype(op, name, value, (torch.int32,))
@@ -82,10 +75,53 @@ def int_matmul(
         raise ValueError(f"{op}: q_min and q_max are {q_min} and {q_max}, expected a range in [-128, 127] or [0, 255]")
     check_choice(op, "rounding", rounding, ROUNDINGS)
     k = weight.shape[1]
-    if k > longest_sum(x.dtype):
-        raise ValueError(f"{op}: K is {k}, expected at most {longest_sum(x.dtype)} so that sums cannot overflow")
     y = library.run(x.reshape(-1, k), weight, multiplier, shift, bias, q_min, q_max, rounding == "half_even")
     return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def scaled_int_matmul(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return (x @ weight^T) * scale + bias in float32, the sums exact int32; no backward.
+
+    What follows such a layer in float: a norm, an addition, a softmax.
+
+    Args:
+        x: activations, shape (..., K), int8 or uint8, zero point 0.
+        weight: shape (N, K), int8, contiguous.
+        scale: scale of x times scale of the weight, shape (N,), float32.
+        bias: shape (N,), float32.
+
+    Returns:
+        Shape (..., N), float32.
+
+    Raises:
+        TypeError: a dtype is not as stated.
+        ValueError: a shape, device or layout does not fit, K is above `longest_sum`.
+    """
+    op = "scaled_int_matmul"
+    _check_operands(op, x, weight)
+    for name, value in (("scale", scale), ("bias", bias)):
+        if value is not None:
+            check_dtype(op, name, value, (torch.float32,))
+            check_shape(op, name, value, (weight.shape[0],))
+            check_device(op, name, value, "x", x)
+    y = library.run_scaled(x.reshape(-1, weight.shape[1]), weight, scale, bias)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _check_operands(op: str, x: Tensor, weight: Tensor) -> None:
+    """Raise where x and weight are no 8-bit matrices that fit, or their sums could overflow."""
+    check_dtype(op, "x", x, (torch.int8, torch.uint8))
+    check_dtype(op, "weight", weight, (torch.int8,))
+    check_not_empty(op, "weight", weight)
+    check_shape(op, "weight", weight, ("N", x.shape[-1] if x.ndim else "K"))
+    if not x.ndim:
+        raise ValueError(f"{op}: x has no dimensions, expected (..., {weight.shape[1]})")
+    check_contiguous(op, "weight", weight)
+    check_device(op, "weight", weight, "x", x)
+    if weight.shape[1] > longest_sum(x.dtype):
+        raise ValueError(
+            f"{op}: K is {weight.shape[1]}, expected at most {longest_sum(x.dtype)} so that sums cannot overflow"
+        )
 
 
 def dyadic(ratio: Tensor) -> tuple[Tensor, Tensor]:

@@ -63,3 +63,9 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
     if torch.cpu._is_vnni_supported():
         return torch._int_mm(x, weight.t())
     return x.double() @ weight.double().t()
+
+
+def scaled(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the product of x (M, K) and weight (N, K) in float32, scaled per row of the weight."""
+    total = _product(x, weight).float()
+    return total.mul_(scale) if bias is None else torch.addcmul(bias, total, scale, out=total)

@@ -1,4 +1,4 @@
-"""int_matmul as a torch operator: eff::int_matmul."""
+"""int_matmul as torch operators: eff::int_matmul, eff::scaled_int_matmul."""
 
 from __future__ import annotations
 
@@ -35,4 +35,23 @@ def run(x: Tensor, *rest: Any) -> Tensor:
     """Run the operator: directly on plain tensors, through torch.library for tracers and tensor subclasses."""
     traced = torch.compiler.is_compiling() or type(x) is not Tensor
     result: Tensor = int_matmul_op(x, *rest) if traced else OP.implementation(x).forward(x, *rest)
+    return result
+
+
+@torch.library.custom_op("eff::scaled_int_matmul", mutates_args=())
+def scaled_op(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Product of x (M, K) and weight (N, K) in float32, scaled per row of the weight."""
+    result: Tensor = OP.implementation(x).scaled(x, weight, scale, bias)
+    return result
+
+
+@scaled_op.register_fake
+def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.float32)
+
+
+def run_scaled(x: Tensor, *rest: Any) -> Tensor:
+    """Run the scaled operator, as `run` does."""
+    traced = torch.compiler.is_compiling() or type(x) is not Tensor
+    result: Tensor = scaled_op(x, *rest) if traced else OP.implementation(x).scaled(x, *rest)
     return result

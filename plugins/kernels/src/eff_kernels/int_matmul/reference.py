@@ -34,3 +34,9 @@ def requantize(
         tie = (shifted & ((torch.ones_like(e) << e) - 1)) == 0
         level = torch.where(tie, level & ~1, level)
     return level.clamp(q_min, q_max).to(output_dtype(q_max))
+
+
+def scaled(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the product of x (M, K) and weight (N, K) in float32, scaled per row of the weight."""
+    total = (x.double() @ weight.double().t()).float() * scale
+    return total if bias is None else total + bias

@@ -1,4 +1,4 @@
-"""int_matmul in Triton: a tiled 8-bit product; bias, dyadic rescaling and clip happen before the sums leave the chip."""
+"""int_matmul in Triton: a tiled 8-bit product; bias, rescaling and clip happen before the sums leave the chip."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from eff_kernels.int_matmul import tile
 from eff_kernels.int_matmul.reference import output_dtype
 
 GROUP = 8
@@ -19,30 +20,8 @@ def matmul_kernel(
     Q_MIN: tl.constexpr, Q_MAX: tl.constexpr, HALF_EVEN: tl.constexpr, HAS_BIAS: tl.constexpr, UNSIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    row_blocks, column_blocks = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
-    block = tl.program_id(0)
-    first_row = block // (GROUP_M * column_blocks) * GROUP_M
-    rows_here = tl.minimum(row_blocks - first_row, GROUP_M)
-    inside = block % (GROUP_M * column_blocks)
-    row = (first_row + inside % rows_here).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = (inside // rows_here).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inner = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + row[:, None] * k + inner[None, :]
-    w_ptrs = weight_ptr + column[:, None] * k + inner[None, :]
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    weight_sum = tl.zeros((BLOCK_N,), tl.int32)
-    for start in range(0, k, BLOCK_K):
-        left = inner[None, :] < k - start
-        x = tl.load(x_ptrs + start, mask=(row[:, None] < m) & left, other=0)
-        w = tl.load(w_ptrs + start, mask=(column[:, None] < n) & left, other=0)
-        if (
-            UNSIGNED
-        ):  # the tensor cores take two operands of one type: use x - 128, whose bits are x with the top one flipped
-            x = (x ^ 128).to(tl.int8, bitcast=True)
-            weight_sum += tl.sum(w.to(tl.int32), axis=1)
-        total = tl.dot(x, tl.trans(w), total, out_dtype=tl.int32)
-    if UNSIGNED:
-        total += 128 * weight_sum[None, :]
+    row, column = tile.place(m, n, BLOCK_M, BLOCK_N, GROUP_M)
+    total = tile.sums(x_ptr, weight_ptr, row, column, m, n, k, UNSIGNED, BLOCK_M, BLOCK_N, BLOCK_K)
     wide = total.to(tl.int64)
     if HAS_BIAS:
         wide += tl.load(bias_ptr + column, mask=column < n, other=0).to(tl.int64)[None, :]
@@ -57,6 +36,20 @@ def matmul_kernel(
     level = tl.minimum(tl.maximum(level, Q_MIN), Q_MAX)
     out_ptrs = out_ptr + row[:, None] * n + column[None, :]
     tl.store(out_ptrs, level.to(out_ptr.dtype.element_ty), mask=(row[:, None] < m) & (column[None, :] < n))
+
+
+@triton.jit
+def scaled_kernel(
+    x_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, m, n, k,
+    HAS_BIAS: tl.constexpr, UNSIGNED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    row, column = tile.place(m, n, BLOCK_M, BLOCK_N, GROUP_M)
+    total = tile.sums(x_ptr, weight_ptr, row, column, m, n, k, UNSIGNED, BLOCK_M, BLOCK_N, BLOCK_K)
+    y = total.to(tl.float32) * tl.load(scale_ptr + column, mask=column < n, other=0.0)[None, :]
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + column, mask=column < n, other=0.0)[None, :]
+    tl.store(out_ptr + row[:, None] * n + column[None, :], y, mask=(row[:, None] < m) & (column[None, :] < n))
 
 
 def _blocks(m: int) -> tuple[int, int, int, int, int]:
@@ -91,6 +84,22 @@ def forward(
     return out
 
 
+def scaled(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the product of x (M, K) and weight (N, K) in float32, scaled per row of the weight."""
+    (m, k), n = x.shape, weight.shape[0]
+    out = torch.empty(m, n, dtype=torch.float32, device=x.device)
+    if not m:
+        return out
+    scale = scale.contiguous()
+    block_m, block_n, block_k, warps, stages = _blocks(m)
+    scaled_kernel[(triton.cdiv(m, block_m) * triton.cdiv(n, block_n),)](
+        x.contiguous(), weight, scale, scale if bias is None else bias.contiguous(), out, m, n, k,
+        HAS_BIAS=bias is not None, UNSIGNED=x.dtype == torch.uint8,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=GROUP, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return out
+
+
 _VECTORS = {"multiplier_ptr": "*i32", "shift_ptr": "*i32", "bias_ptr": "*i32"}
 _SIZES = {"m": "i32", "n": "i32", "k": "i32"}
 AHEAD_OF_TIME = {
@@ -100,6 +109,20 @@ AHEAD_OF_TIME = {
             {
                 "Q_MIN": 0 if kind == "*u8" else -128, "Q_MAX": 255 if kind == "*u8" else 127,
                 "HALF_EVEN": kind == "*u8", "HAS_BIAS": True, "UNSIGNED": kind == "*u8",
+                "BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_K": inner, "GROUP_M": GROUP,
+            },
+        )
+        for kind in ("*i8", "*u8")
+        for rows, columns, inner, _, _ in (_blocks(1), _blocks(128))
+    ],
+    scaled_kernel: [
+        (
+            {
+                "x_ptr": kind, "weight_ptr": "*i8", "scale_ptr": "*fp32", "bias_ptr": "*fp32", "out_ptr": "*fp32",
+                **_SIZES,
+            },
+            {
+                "HAS_BIAS": True, "UNSIGNED": kind == "*u8",
                 "BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_K": inner, "GROUP_M": GROUP,
             },
         )
