@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eff_kernels.packing import ROW_BITS, pack_rows
-from eff_kernels.weight_only_matmul import cpu, dequantize, reference, weight_only_matmul
+from eff_kernels.weight_only_matmul import cpu, dequantize, prepack, reference, weight_only_matmul
 
 # Of the largest result: sums in another order; half dtypes round the result (and weights, where the product runs in them).
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -211,3 +211,36 @@ def test_wrong_arguments_are_named(change, error, message):
 def test_an_integer_weight_is_not_made():
     with pytest.raises(TypeError, match="dequantize: dtype is torch.int8, expected a floating-point dtype"):
         dequantize(P, S, bits=4, dtype=torch.int8)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("with_zero", [False, True])
+def test_a_prepacked_weight_gives_the_same_product(bits, with_zero):
+    groups = 1 if bits == 8 else 3
+    x, packed, scale, zero = inputs(
+        4, 32, 64 * groups, groups, bits, dtype=torch.bfloat16, with_zero=with_zero and bits < 8
+    )
+    made = prepack(packed, scale, bits=bits, zero_point=zero)
+    expected = x.double() @ weight_by_hand(packed, scale, zero, bits).t()
+    found = weight_only_matmul(x, packed, scale, bits=bits, zero_point=zero, prepacked=made)
+    assert made is not None and (found - expected).abs().max() <= 2e-2 * expected.abs().max()
+    nonsense = made._replace(grid=torch.zeros_like(made.grid))
+    assert not weight_only_matmul(x, packed, scale, bits=bits, zero_point=zero, prepacked=nonsense).any()
+
+
+def test_more_rows_other_dtypes_and_gradients_take_the_packed_weight():
+    x, packed, scale, zero = inputs(33, 32, 64, 1, 4, dtype=torch.bfloat16)
+    made = prepack(packed, scale, bits=4, zero_point=zero)
+    nonsense = made._replace(grid=torch.zeros_like(made.grid))
+    for one in (x, x[:2].float(), x[:2].detach().requires_grad_()):
+        found = weight_only_matmul(one, packed, scale, bits=4, zero_point=zero, prepacked=nonsense)
+        assert torch.equal(found, weight_only_matmul(one, packed, scale, bits=4, zero_point=zero))
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "groups", "bits", "with_zero"),
+    [(33, 64, 1, 4, True), (32, 48, 3, 4, True), (32, 64, 2, 8, False), (32, 64, 1, 8, True)],
+)
+def test_weights_that_torch_has_no_layout_for_are_not_prepacked(n, k, groups, bits, with_zero):
+    _, packed, scale, zero = inputs(1, n, k, groups, bits, with_zero=with_zero)
+    assert prepack(packed, scale, bits=bits, zero_point=zero) is None

@@ -23,15 +23,23 @@ from eff_kernels.checks import (
 )
 from eff_kernels.packing import ROW_BITS, pack_rows, unpack_rows
 from eff_kernels.weight_only_matmul import library
+from eff_kernels.weight_only_matmul import prepacked as second_layout
+from eff_kernels.weight_only_matmul.prepacked import Prepacked
 
-__all__ = ["dequantize", "pack_rows", "unpack_rows", "weight_only_matmul"]
+__all__ = ["Prepacked", "dequantize", "pack_rows", "prepack", "unpack_rows", "weight_only_matmul"]
 
 GROUP_MULTIPLE = 8
 """Levels of a group come in this multiple: eight levels fill whole bytes at every width."""
 
 
 def weight_only_matmul(
-    x: Tensor, packed: Tensor, scale: Tensor, *, bits: int, zero_point: Tensor | None = None
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    *,
+    bits: int,
+    zero_point: Tensor | None = None,
+    prepacked: Prepacked | None = None,
 ) -> Tensor:
     """Return x @ w^T for the packed weight; backward to `x` only.
 
@@ -45,6 +53,8 @@ def weight_only_matmul(
         scale: step of the grid, shape (N, G), floating point; K / G a multiple of 8.
         bits: 2, 3, 4 or 8.
         zero_point: level that stands for 0, need not be an integer, shape (N, G), floating point; None is 2^(bits-1).
+        prepacked: `prepack` of the same weight. Taken for up to 32 rows of bfloat16 on the CPU without a gradient,
+            where it is several times faster; its scales are bfloat16. Otherwise the packed weight is.
 
     Returns:
         Shape (..., N), dtype of `x`.
@@ -63,7 +73,19 @@ def weight_only_matmul(
     if packed.shape[1] * 8 != k * bits:
         raise ValueError(f"{op}: x has {k} columns, expected {packed.shape[1] * 8 // bits} as packed has")
     check_device(op, "packed", packed, "x", x)
+    if prepacked is not None and library.OP.choose(x).path == "cpu" and second_layout.suits(x):
+        return second_layout.forward(x.reshape(-1, k), prepacked).view(*x.shape[:-1], len(packed))
     return library.run(x.reshape(-1, k), packed, scale, zero_point, bits).view(*x.shape[:-1], len(packed))
+
+
+def prepack(packed: Tensor, scale: Tensor, *, bits: int, zero_point: Tensor | None = None) -> Prepacked | None:
+    """Return the weight in the layout of torch's own products for few rows, made once; arguments and errors as above.
+
+    None where torch has none: off the CPU; rows not a multiple of 16 or groups not of 32; 8 bits with several groups or
+    a zero point.
+    """
+    _check_weight("prepack", packed, scale, zero_point, bits)
+    return second_layout.make(packed, scale, zero_point, bits)
 
 
 def dequantize(

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from eff_kernels.bench import Case
 from eff_kernels.packing import unpack_rows
-from eff_kernels.weight_only_matmul import dequantize, reference, weight_only_matmul
+from eff_kernels.weight_only_matmul import dequantize, prepack, prepacked, reference, weight_only_matmul
 from eff_kernels.weight_only_matmul.library import OP
 
 GROUP = 128
@@ -44,6 +44,7 @@ def _case(m: int, bits: int, dtype: torch.dtype, device: torch.device, generator
     packed = [packed_weight(index) for index in range(16)]  # beyond the caches, as three dense weights are
     scale = (0.01 + torch.rand(n, k // GROUP, generator=generator) / 100).to(device, dtype)
     x = normal(m, k)
+    made = [prepack(one, scale, bits=bits) if dtype == torch.bfloat16 else None for one in packed]
     dense = [dequantize(one, scale, bits=bits, dtype=dtype) for one in packed[:3]]
 
     def calls(function: Callable[[Tensor], Any], weights: list[Tensor]) -> list[Callable[[], Any]]:
@@ -52,14 +53,16 @@ def _case(m: int, bits: int, dtype: torch.dtype, device: torch.device, generator
     name = str(dtype).removeprefix("torch.")
     peers = {f"dense {name} linear": calls(lambda w: F.linear(x, w), dense)}
     scale_bytes = scale.numel() * scale.element_size()
-    memory = {"eff": size + scale_bytes, f"dense {name} linear": n * k * x.element_size()}
+    second = 0 if made[0] is None or m > prepacked.ROWS else made[0].codes.numel() + 2 * made[0].grid.numel()
+    memory = {"eff": size + scale_bytes + second, f"dense {name} linear": n * k * x.element_size()}
     if bits == 4 and dtype == torch.bfloat16:
         peers["torch int4pack"] = _int4pack(x, packed[:3], scale)
         memory["torch int4pack"] = size + 2 * scale_bytes
     return Case(
         f"({m}, {k}) x ({n}, {k}), {bits} bits, {name}",
-        calls(lambda p: weight_only_matmul(x, p, scale, bits=bits), packed), peers,
-        OP.choose(x).by(_way(m, dtype, device)), memory["eff"] + (m * k + m * n) * x.element_size(), 2 * m * n * k, name,
+        [lambda p=p, q=q: weight_only_matmul(x, p, scale, bits=bits, prepacked=q) for p, q in zip(packed, made, strict=True)],  # type: ignore[misc]
+        peers,
+        OP.choose(x).by(_way(m, dtype, device)), (second or size + scale_bytes) + (m * k + m * n) * x.element_size(), 2 * m * n * k, name,
         lambda: reference.forward(x, packed[0], scale, None, bits), 1e-5 if dtype == torch.float32 else 2e-2, memory,
     )  # fmt: skip
 
@@ -67,6 +70,9 @@ def _case(m: int, bits: int, dtype: torch.dtype, device: torch.device, generator
 def _way(m: int, dtype: torch.dtype, device: torch.device) -> str:
     if device.type == "cpu":
         from eff_kernels.weight_only_matmul.cpu import product_dtype
+
+        if dtype == torch.bfloat16 and m <= prepacked.ROWS:
+            return "in the layout of torch's 4-bit product, made once"
 
         return f"dequantized in blocks, multiplied in {str(product_dtype(m, dtype)).removeprefix('torch.')}"
     from eff_kernels.weight_only_matmul.triton_kernel import way

@@ -3,8 +3,8 @@
 A shift and a mask of all bytes give every second (2 bits: every fourth) column at once. These planes stay side by side,
 and the columns of x are put in their order instead: interleaving the levels would cost more than anything else here.
 
-torch's `_weight_int4pack_mm_for_cpu` wants the levels in a layout of its own; making it from this one takes longer than
-the whole product here, so it is a peer in the benchmark and not a path.
+torch's products for few rows want the levels in a layout of their own; making it from this one takes longer than the
+whole product here, so it is made once, by `prepack`, or not at all.
 """
 
 from __future__ import annotations
