@@ -138,6 +138,10 @@ def test_compare_makes_a_table_and_a_picture(digits, tmp_path):
         digits / "model.pt",
         "--epochs",
         1,
+        "--export",
+        "onnx",
+        "--export",
+        "packed",
         "--out",
         "c",
         cwd=tmp_path,
@@ -146,6 +150,15 @@ def test_compare_makes_a_table_and_a_picture(digits, tmp_path):
     rows = json.loads((tmp_path / "c" / "compare.json").read_text())["rows"]
     assert [row["setting"] for row in rows] == ["as it came", "quant_lsq", "quant_lsq:weight_bits=2:act_bits=2"]
     assert (tmp_path / "c" / "compare.png").read_bytes()[:4] == b"\x89PNG"
+    assert [[item["format"] for item in row["artifacts"]] for row in rows][0] == ["onnx"]
+    for row in rows[1:]:
+        files = {item["format"]: item for item in row["artifacts"]}
+        assert files["onnx"]["details"]["latency_ms"] > 0 and files["packed"]["bytes"] == row["measured"]["bytes"]
+        assert row["measured"]["metrics"]["values"]["kernel_latency"]["value"] > 0
+        assert row["measured"]["metrics"]["values"]["kernel_layers"]["value"] == 100
+        assert row["seconds"] > 0
+    table = (tmp_path / "c" / "compare.md").read_text().splitlines()
+    assert len(table) == 5 and "kernel latency" in table[0] and "onnxruntime" in table[0]
 
 
 def test_shipped_plugins_pass_the_contract():

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +16,14 @@ from torch import Tensor, nn
 from eff.checkpoint import header_metadata
 from eff.errors import MissingDependencyError, RunError, UnsupportedModelError
 from eff.files import atomic_path, describe_artifact
+from eff.measure import time_calls
 from eff.run import Run
 from eff.schemas import Artifact, CheckpointHeader, ExportTarget
 
 if TYPE_CHECKING:
     from eff.session import Plugins
 
+LATENCY_SECONDS = 0.2
 SUFFIX = {"onnx": ".onnx", "pt2": ".pt2", "safetensors": ".safetensors"}
 
 
@@ -111,10 +117,11 @@ def onnx_export(model: nn.Module, path: Path, run: Run, **options: Any) -> None:
     inputs = tuple(value.to(run.device) for value in run.task.example_inputs(2))
     batch = torch.export.Dim("batch")
     try:
-        program = torch.onnx.export(
-            model, inputs, dynamo=True, input_names=list(run.task.input_names), output_names=["output"],
-            dynamic_shapes=tuple({0: batch} for _ in inputs), verbose=False, **options,
-        )  # fmt: skip
+        with _quiet_exporter():
+            program = torch.onnx.export(
+                model, inputs, dynamo=True, input_names=list(run.task.input_names), output_names=["output"],
+                dynamic_shapes=tuple({0: batch} for _ in inputs), verbose=False, **options,
+            )  # fmt: skip
     except Exception as error:  # the exporter raises many types
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be written as ONNX: {_first_line(error)}"
@@ -127,17 +134,34 @@ def onnx_export(model: nn.Module, path: Path, run: Run, **options: Any) -> None:
     onnx.save(proto, path)
 
 
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Keep from the terminal what torch says about itself while exporting, e.g. that torchvision is missing."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)
+
+
 def onnx_agreement(model: nn.Module, path: Path, run: Run, samples: int = 256) -> dict[str, Any]:
     """Run the file in onnxruntime beside the model on test data; empty where either is missing.
 
     Returns:
-        samples, agreement (share of equal argmax) and max_difference of the outputs.
+        samples, agreement (share of equal argmax) and max_difference of the outputs; latency_ms of one sample in
+        onnxruntime, on as many threads as torch has.
     """
     try:
         import onnxruntime
     except ImportError:
         return {}
-    session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
     names = [item.name for item in session.get_inputs()]
     inputs = _comparison_inputs(run, samples)
     if len(names) != len(inputs):  # the model ignores one of them
@@ -151,6 +175,9 @@ def onnx_agreement(model: nn.Module, path: Path, run: Run, samples: int = 256) -
     expected = expected.cpu()
     difference = float((found - expected).abs().max())
     details: dict[str, Any] = {"samples": len(inputs[0]), "max_difference": difference}
+    one = {name: value[:1] for name, value in feed.items()}
+    latency = time_calls(lambda: session.run(None, one), torch.device("cpu"), LATENCY_SECONDS)
+    details["latency_ms"] = latency.median
     if expected.ndim == 2:
         details["agreement"] = float((found.argmax(1) == expected.argmax(1)).double().mean())
     return details

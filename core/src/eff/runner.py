@@ -34,7 +34,7 @@ from eff.files import (
     write_text,
 )
 from eff.log import Log
-from eff.measure import measure
+from eff.measure import measure, peak_memory, reset_peak_memory
 from eff.models import ModelRequest, OpenModel, file_of, open_model
 from eff.run import Run
 from eff.schemas import (
@@ -277,6 +277,7 @@ class _Execution:
         self.log = log
         self.started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         self.clock = time.monotonic()
+        reset_peak_memory(plan.device)
 
     def run_all(self, state: dict[str, Any] | None) -> Report:
         """Do everything; `state` is what an interrupted run left."""
@@ -443,6 +444,7 @@ class _Execution:
             versions=versions(self.plan.plugins),
             started=self.started,
             seconds=time.monotonic() - self.clock,
+            peak_memory_bytes=peak_memory(self.plan.device),
         )
 
 

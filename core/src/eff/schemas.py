@@ -277,6 +277,9 @@ class Report(Schema):
     versions: dict[str, str]
     started: str
     seconds: float
+    peak_memory_bytes: int | None = Field(
+        None, description="Most memory in use: of the process on a CPU, of the tensors on a GPU; None where unknown."
+    )
 
     @field_validator("artifacts")
     @classmethod

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from eff.data import move_batch
 from eff.errors import MissingDependencyError, OutputError, RequestError, did_you_mean
 from eff.exporting import export, file_name
 from eff.files import atomic_path, check_output_folder, make_output_folder, write_text
 from eff.log import Log
-from eff.measure import measure, state_bytes, time_forward
+from eff.measure import measure, memory_in_use, peak_memory, reset_peak_memory, state_bytes, time_forward
 from eff.models import ModelRequest, OpenModel, open_model
 from eff.run import Run
 from eff.runner import resolve_device
@@ -188,10 +185,10 @@ def bench(requests: Sequence[UseRequest], seconds: float = 1.0, log: Log | None 
         opened, run = open_for_use(request, Plugins(), log, needs_data=False)
         size = request.batch_size or 64
         single = time_forward(opened.model, run, 1, seconds)
-        _reset_peak(run.device)
-        before = _memory(run.device)
+        reset_peak_memory(run.device)
+        before = memory_in_use(run.device)
         many = time_forward(opened.model, run, size, seconds)
-        peak = _peak(run.device)
+        peak = peak_memory(run.device)
         rows.append(
             BenchRow(
                 model=request.model,
@@ -205,37 +202,6 @@ def bench(requests: Sequence[UseRequest], seconds: float = 1.0, log: Log | None 
             )
         )
     return rows
-
-
-def _reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif sys.platform == "linux":
-        try:
-            Path("/proc/self/clear_refs").write_text("5")  # resets the peak resident size
-        except OSError:
-            return
-
-
-def _memory(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return int(torch.cuda.memory_allocated(device))
-    return _status("VmRSS")
-
-
-def _peak(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return _status("VmHWM")
-
-
-def _status(field: str) -> int | None:
-    if sys.platform != "linux":
-        return None
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    return None
 
 
 def load_pyplot() -> Any:

@@ -227,6 +227,9 @@ def compare(
     lr: LearningRate = None,
     device: Device = None,
     seed: Seed = None,
+    export: Annotated[
+        list[str] | None, typer.Option("--export", help="Formats of each setting whose method writes them.")
+    ] = None,
     out: Out = None,
     force: Force = False,
     as_json: AsJson = False,
@@ -235,9 +238,10 @@ def compare(
 
     Example: eff compare quant_lsq quant_lsq:weight_bits=2:act_bits=2 model.pt
     """
-    from eff.cli.show import measurement_rows, print_json, print_table
+    from eff.cli.show import comparison_table, markdown_table, print_json, print_table
     from eff.compare import compare as run_comparison
     from eff.errors import RequestError
+    from eff.files import write_text
     from eff.log import TerminalLog
     from eff.schemas import Recipe
 
@@ -246,16 +250,18 @@ def compare(
         raise RequestError("name at least one method and the model, e.g. eff compare quant_lsq model.pt")
     recipe = changed_recipe(
         Recipe(model=model), {"epochs": epochs, "batch_size": batch_size, "lr": lr},
-        data=data, arch=arch, device=device, seed=seed,
+        data=data, arch=arch, device=device, seed=seed, export=export,
     )  # fmt: skip
     folder = out or Path("comparison")
     result = run_comparison(methods, recipe, folder, force=force, log=TerminalLog(quiet=as_json))
+    headers, rows = comparison_table(result)
+    write_text(folder / "compare.md", markdown_table(headers, rows))
     if as_json:
         print_json(result)
         return
-    rows = measurement_rows([row.measured for row in result.rows])
-    print_table("", ["", *(row.setting for row in result.rows)], rows, right=range(1, len(result.rows) + 1))
-    typer.echo(f"  {folder}/compare.png, {folder}/compare.json")
+    settings_in_columns = [list(line) for line in zip(headers, *rows, strict=True)]
+    print_table("", settings_in_columns[0], settings_in_columns[1:], right=range(1, len(rows) + 1))
+    typer.echo(f"  {folder}/compare.png, {folder}/compare.md, {folder}/compare.json")
 
 
 @app.command()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from eff.compare import Comparison
     from eff.schemas import ClaimResult, Measurement, Metric, Report
 
 _WIDTH = 120
@@ -82,6 +84,43 @@ def measurement_rows(columns: Sequence[Measurement | None]) -> list[list[str]]:
     rows.append(["parameters", *(f"{m.parameters:,}" if m else "-" for m in columns)])
     rows.append(["latency, 1 sample", *(f"{m.latency_ms:.2f} ms" if m and m.latency_ms else "-" for m in columns)])
     return rows
+
+
+def comparison_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Return headers and one row per setting: metrics that two settings have, sizes, latencies, time and memory."""
+    rows = comparison.rows
+    measured = [row.measured for row in rows if row.measured]
+    counts = Counter(name for one in measured for name in one.metrics.values)
+    names = [name for name in counts if counts[name] > 1 or name == comparison.headline]
+    formats = sorted({item.format for row in rows for item in row.artifacts} & {"onnx", "packed"})
+    headers = ["", *(name.replace("_", " ") for name in names), "file to ship", *formats, "latency"]
+    headers += ["onnxruntime"] * ("onnx" in formats) + ["time", "peak memory"]
+    cells = []
+    for row in rows:
+        if (one := row.measured) is None:
+            cells.append([row.setting, f"failed: {row.error}", *[""] * (len(headers) - 2)])
+            continue
+        line = [row.setting, *(metric_text(one.metrics.values.get(name)) for name in names), size_text(one.bytes)]
+        files = {name: row.artifact(name) for name in formats}
+        line += [size_text(file.bytes) if file else "-" for file in files.values()]
+        line.append(_milliseconds(one.latency_ms))
+        if "onnx" in formats:
+            file = files["onnx"]
+            line.append(_milliseconds(file.details.get("latency_ms") if file else None))
+        line.append("-" if row.seconds is None else f"{row.seconds:.1f} s")
+        line.append("-" if row.peak_memory_bytes is None else size_text(row.peak_memory_bytes))
+        cells.append(line)
+    return headers, cells
+
+
+def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    lines = [headers, ["---", *["---:"] * (len(headers) - 1)], *rows]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+def _milliseconds(value: object) -> str:
+    return f"{value:.2f} ms" if isinstance(value, float) else "-"
 
 
 def _change(name: str, before: Measurement, after: Measurement) -> str:

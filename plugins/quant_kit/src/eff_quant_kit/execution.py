@@ -16,11 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eff.measure import time_forward
+from eff.run import Run
+from eff.schemas import Metric, Metrics, TableRow
+from eff.tasks import NoTask
 from eff_kernels.int_matmul import longest_sum, scaled_int_matmul
 from eff_kernels.packing import ROW_BITS
 from eff_kernels.weight_only_matmul import pack_rows, weight_only_matmul
 from eff_quant_kit.layers import QuantLayer, quant_layers, replace_module
 from eff_quant_kit.quantizer import Quantizer
+
+SECONDS = 0.1
+"""How long a latency is measured."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,23 @@ class PackedLinear(nn.Module):
         """Return the layer's output in the dtype of x."""
         y = weight_only_matmul(x, self.packed, self.scale.to(x.dtype), bits=self.bits, zero_point=self.zero.to(x.dtype))
         return y if self.bias is None else y + self.bias.to(x.dtype)  # type: ignore[operator]
+
+
+def describe(model: nn.Module, run: Run) -> Metrics:
+    """Return the latency of one sample on eff-kernels and the quantized layers that run there; empty without any."""
+    if not quant_layers(model) or run.task.name == NoTask.name:
+        return Metrics()
+    executed = on_kernels(model)
+    if not executed.ran:
+        return Metrics()
+    values = {
+        "kernel_latency": Metric(
+            value=time_forward(executed.model, run, budget_s=SECONDS).median, unit="ms", better="lower"
+        ),
+        "kernel_layers": Metric(value=100 * len(executed.ran) / (len(executed.ran) + len(executed.left)), unit="%"),
+    }
+    rows: list[TableRow] = [{"layer": name, "stays in float": reason} for name, reason in executed.left.items()]
+    return Metrics(values=values, tables={"not_on_kernels": rows} if rows else {})
 
 
 def on_kernels(model: nn.Module) -> Executed:

@@ -52,7 +52,7 @@ class OnnxQuantizer(nn.Module):
         zero, offset = _zero_point(quantizer)
         self.register_buffer("zero", zero.to(self.dtype))
         self.register_buffer("offset", offset)
-        scale = float(quantizer.scale)
+        scale = float(quantizer.scale.detach())
         self.low, self.high = (self.q_min - float(zero)) * scale, (self.q_max - float(zero)) * scale
         self.full = quantizer.bits == 8 and not quantizer.narrow_range
 

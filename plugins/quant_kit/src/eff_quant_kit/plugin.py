@@ -1,14 +1,17 @@
-"""Declares the kit's file encoding and its diffusion task to eff. Imports no torch."""
+"""Declares to eff the kit's file encoding, its diffusion task and the latency on eff-kernels. Imports no torch."""
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, ClassVar
 
 from eff.method import Extension, hookimpl
+from eff.schemas import Metrics
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from eff.data import Data
     from eff.run import Run
     from eff.schemas import ModelSpec
 
@@ -33,3 +36,14 @@ class QuantKit(Extension):
         from eff_quant_kit.diffusion.models import build
 
         return build(spec, run)
+
+    @hookimpl
+    def evaluate(self, model: nn.Module, data: Data | None, run: Run) -> Metrics:
+        """Report the latency of quantized layers on eff-kernels, and how many of them run there."""
+        if (
+            "eff_quant_kit.layers" not in sys.modules
+        ):  # then no model here has such layers; spares an import of torch ops
+            return Metrics()
+        from eff_quant_kit.execution import describe
+
+        return describe(model, run)
