@@ -20,7 +20,7 @@ from eff_quant_kit.codebooks import (
     unpack_indices,
 )
 from eff_quant_kit.layers import QuantLayer
-from eff_quant_kit.packed import Packed, in_half_precision, pack_state, packed_codes, sizes, unpack_state
+from eff_quant_kit.packed import Packed, in_half_precision, pack_state, packed_codes, packed_fixed, sizes, unpack_state
 from eff_quant_kit.quantizer import Quantizer
 
 
@@ -185,7 +185,7 @@ def test_a_file_without_kinds_holds_levels_and_an_unknown_kind_is_named():
     old = {key: {name: value for name, value in item.items() if name != "kind"} for key, item in details.items()}
     assert torch.equal(unpack_state(state, old)["0.layer.weight"], unpack_state(state, details)["0.layer.weight"])
     with pytest.raises(
-        ValueError, match=r"'0.layer.weight' is packed as 'wavelets', which is none of levels, codebook"
+        ValueError, match=r"'0.layer.weight' is packed as 'wavelets', which is none of levels, fixed, codebook"
     ):
         unpack_state(state, {"0.layer.weight": {"kind": "wavelets"}})
 
@@ -213,3 +213,24 @@ def test_a_linear_layer_of_codes_multiplies_with_its_weight_and_survives_the_fil
     back.load_state_dict(unpack_state(state, details))
     assert torch.equal(back(x), layer(x))
     assert sizes(nn.Sequential(layer))["code_bytes"] == pack_indices(codes, k).numel()
+
+
+@pytest.mark.parametrize("bits", [2, 7, 8, 9, 16, 24])
+def test_fixed_point_numbers_come_back_as_they_were(bits):
+    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (5, 7), generator=torch.Generator().manual_seed(bits))
+    part = packed_fixed(codes, bits, -9, torch.float32)
+    assert part.data.numel() == -(-35 * min(bits, 8) // 8) + (-(-35 * max(0, min(bits - 8, 8)) // 8)) + (
+        -(-35 * max(0, bits - 16) // 8)
+    )
+    assert torch.equal(unpack_state({"w": part.data}, {"w": part.details})["w"], codes * 2.0**-9)
+
+
+@pytest.mark.parametrize("bits", [5, 13, 32])
+def test_sparse_fixed_point_numbers_take_a_bit_per_place_and_their_codes(bits):
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(1, 2 ** (bits - 1), (16, 10), generator=generator)
+    codes[torch.rand(16, 10, generator=generator) < 0.8] = 0
+    part = packed_fixed(codes, bits, 0, torch.float64)
+    count = int((codes != 0).sum())
+    assert part.data.numel() <= 20 + (count * bits + 7) // 8 + 3 < 160 * bits // 8
+    assert torch.equal(unpack_state({"w": part.data}, {"w": part.details})["w"], codes.double())

@@ -5,6 +5,7 @@ replace it, JSON details with a "kind" that names the decoder, and tables (scale
 
     levels      integers times a scale; bits (by channel where they differ), smallest level, shape, channel axis and, for
                 levels that are not evenly spaced, the table of their values. What QuantLayer holds.
+    fixed       signed integers times a power of two, 2 to 32 bits each; where many are 0, a bit per place and the others.
     codebook    indices of codewords, ceil(log2 k) bits each, and their codebooks in float16
 
 Batch-norm counters are kept, so the file restores the whole model.
@@ -67,6 +68,21 @@ def packed_codes(codes: Tensor, k: int, tables: dict[str, Tensor], op_bits: int 
         details["op_bits"] = op_bits
     halves = {key: table.detach().half().cpu().contiguous() for key, table in tables.items()}
     return Packed(pack_indices(codes.detach().cpu(), k), details, halves)
+
+
+def packed_fixed(codes: Tensor, bits: int, exponent: int, dtype: torch.dtype) -> Packed:
+    """Return how signed integers of `bits` bits (any shape), worth codes * 2^exponent, are packed; they become `dtype`.
+
+    Raises:
+        ValueError: a code does not fit.
+    """
+    codes = codes.detach().cpu().long()
+    details = {"kind": "fixed", "bits": bits, "exponent": exponent, "shape": list(codes.shape), "dtype": _name(dtype)}
+    lifted, kept = codes.flatten() + 2 ** (bits - 1), codes.flatten() != 0
+    if int(kept.sum()) * bits + kept.numel() < kept.numel() * bits:  # a bit for each place and the codes that are not 0
+        details["nonzero"] = int(kept.sum())
+        return Packed(torch.cat([pack_bits(kept.int(), 1), pack_indices(lifted[kept], 2**bits)]), details)
+    return Packed(pack_indices(lifted, 2**bits), details)
 
 
 def in_half_precision(table: Tensor) -> Tensor:
@@ -168,8 +184,22 @@ def _decode_codebook(tensors: dict[str, Tensor], key: str, item: dict[str, Any])
     return {key: found, **tables}
 
 
+def _decode_fixed(tensors: dict[str, Tensor], key: str, item: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the integers times their power of two."""
+    shape, bits = torch.Size(item["shape"]), item["bits"]
+    if "nonzero" in item:
+        places = -(-shape.numel() // 8)
+        kept = unpack_bits(tensors[key][:places], 1, shape.numel()).bool()
+        found = unpack_indices(tensors[key][places:], 2**bits, item["nonzero"]) - 2 ** (bits - 1)
+        codes = torch.zeros(shape.numel(), dtype=torch.int64).masked_scatter_(kept, found).view(shape)
+    else:
+        codes = unpack_indices(tensors[key], 2**bits, shape.numel()).view(shape) - 2 ** (bits - 1)
+    return {key: torch.ldexp(codes.double(), torch.tensor(item["exponent"])).to(getattr(torch, item["dtype"]))}
+
+
 DECODERS: dict[str, Callable[[dict[str, Tensor], str, dict[str, Any]], dict[str, Tensor]]] = {
     "levels": _decode_levels,
+    "fixed": _decode_fixed,
     "codebook": _decode_codebook,
 }
 """Kind -> function(tensors of the file, key, details of that key) -> entries of the state dict."""

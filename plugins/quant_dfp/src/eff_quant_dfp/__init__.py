@@ -1,0 +1,3 @@
+"""Mixed precision training with dynamic fixed point."""
+
+__version__ = "0.1.0"
