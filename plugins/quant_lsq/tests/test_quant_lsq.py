@@ -15,11 +15,11 @@ from eff.tasks import Classification, ClassificationOptions
 from eff.testing.samples import DATA, MODEL, TinyCNN, blobs
 from eff.training import Training, make_optimizer
 from eff_quant_kit.layers import quant_layers
+from eff_quant_kit.learned_steps import gradient_scale, lsq_plus_weight_step, lsq_step
 from eff_quant_kit.quantizer import SMALLEST_SCALE, keep_scales_positive
 from eff_quant_lsq.config import LSQConfig
 from eff_quant_lsq.diagnostics import step_ratios
 from eff_quant_lsq.distill import with_teacher
-from eff_quant_lsq.initial import gradient_scale, lsq_plus_weight_step, lsq_step
 from eff_quant_lsq.plugin import LSQ
 
 EFF_PLUGIN = "quant_lsq"

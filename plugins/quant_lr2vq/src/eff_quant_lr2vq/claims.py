@@ -96,12 +96,12 @@ def _one_seed(seed: int) -> dict[str, float]:
         found[name] = _train(changed, data, seed, schedule, method)
         if name.startswith("d") and name != "dkm" or name == "auto":
             chosen[name] = task_metrics(changed, validation, _run(validation, seed, schedule)).values["accuracy"].value
-        if name in ("dkm", "auto"):
+        if name != "kmeans":
             plans = [plan for plan in method.structure["layers"].values()]  # type: ignore[union-attr]
             bits, weights = sum(map(layer_bits, plans)), sum(plan["weights"] for plan in plans)  # type: ignore[arg-type,index,call-overload,misc]
             found |= {f"{name}_bytes": bits / 8, f"{name}_ratio": 32 * weights / bits}
-            if name == "auto":
-                found["auto_d"] = sum(plan["d"] for plan in plans) / len(plans)  # type: ignore[index,call-overload,misc]
+        if name == "auto":
+            found["auto_d"] = sum(plan["d"] for plan in plans) / len(plans)  # type: ignore[index,call-overload,misc]
     found["best_by_validation"] = found[max(chosen, key=lambda key: chosen[key])]
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -22,3 +23,9 @@ def with_teacher(loss: Loss, teacher: nn.Module, run: Run) -> Loss:
         return hard + F.cross_entropy(output, target.softmax(1)), output
 
     return combined
+
+
+def keep_teacher(model: nn.Module) -> nn.Module:
+    """Return a frozen copy of the model as it came."""
+    teacher = copy.deepcopy(model).eval()
+    return teacher.requires_grad_(False)

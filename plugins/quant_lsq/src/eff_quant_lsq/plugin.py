@@ -83,13 +83,14 @@ class LSQ(Method[LSQConfig]):
     def transform(self, model: nn.Module, run: Run) -> nn.Module:
         """Put quantizers before convolutions and linear layers and initialise them."""
         from eff.errors import RequestError
-        from eff_quant_lsq.insert import insert_quantizers, keep_teacher
+        from eff_quant_kit.learned_steps import insert_quantizers
+        from eff_quant_lsq.distill import keep_teacher
 
         if self.config.distill and not hasattr(run.task.options, "classes"):
             raise RequestError(f"quant_lsq: distill=true needs a classifier; this model's task is {run.task.name}")
         if self.config.distill and run.training:
             self.teacher = keep_teacher(model)
-        return insert_quantizers(model, self.config, self.structure, run)
+        return insert_quantizers("quant_lsq", model, self.config, self.structure, run)
 
     @hookimpl(wrapper=True)
     def train_step(self, step: Step) -> Generator[None, StepResult, StepResult]:

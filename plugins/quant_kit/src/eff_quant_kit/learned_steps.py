@@ -1,9 +1,13 @@
-"""Putting LSQ's quantizers into a model: which tensors, which bits, which initial steps."""
+"""Quantizers whose steps are learned with the weights: which tensors, which bits, which initial steps, which gradients.
+
+LSQ (Esser et al., ICLR 2020, arXiv:1902.08153): 2 mean|v| / sqrt(QP), gradients times 1 / sqrt(N QP); LSQ+ (Bhalgat et al.,
+CVPR workshops 2020, arXiv:2004.09576) for quantizers with offset.
+"""
 
 from __future__ import annotations
 
-import copy
-from typing import Any
+import math
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,21 +26,46 @@ from eff_quant_kit.layers import (
     quant_layers,
     replace_module,
 )
-from eff_quant_kit.observers import minmax_symmetric
+from eff_quant_kit.observers import minmax_affine, minmax_symmetric, mse_affine
 from eff_quant_kit.quantizer import Quantizer
-from eff_quant_lsq.config import LSQConfig
-from eff_quant_lsq.initial import gradient_scale, lsq_plus_input, lsq_plus_weight_step, lsq_step
-
-PLUGIN = "quant_lsq"
 
 
-def keep_teacher(model: nn.Module) -> nn.Module:
-    """Return a frozen copy of the model as it came."""
-    teacher = copy.deepcopy(model).eval()
-    return teacher.requires_grad_(False)
+class StepOptions(Protocol):
+    """What insertion asks of a method's options; quant_lsq's have the meanings."""
+
+    @property
+    def weight_bits(self) -> int | None: ...
+    @property
+    def act_bits(self) -> int | None: ...
+    @property
+    def first_last_bits(self) -> int | None: ...
+    @property
+    def per_channel_weight(self) -> bool: ...
+    @property
+    def act_signed(self) -> str: ...
+    @property
+    def grad_scale(self) -> str: ...
+    @property
+    def act_count(self) -> str: ...
+    @property
+    def offset(self) -> bool: ...
+    @property
+    def offset_init(self) -> str: ...
+    @property
+    def init(self) -> str: ...
+    @property
+    def narrow_range(self) -> bool: ...
+    @property
+    def matmuls(self) -> bool: ...
+    @property
+    def init_batch(self) -> int: ...
+    @property
+    def exclude(self) -> tuple[str, ...]: ...
 
 
-def insert_quantizers(model: nn.Module, config: LSQConfig, structure: dict[str, Any], run: Run) -> nn.Module:
+def insert_quantizers(
+    plugin: str, model: nn.Module, config: StepOptions, structure: dict[str, Any], run: Run
+) -> nn.Module:
     """Return `model` with quantized layers; fills `structure`, or follows it where `run.restoring`.
 
     Raises:
@@ -44,12 +73,12 @@ def insert_quantizers(model: nn.Module, config: LSQConfig, structure: dict[str, 
         DataError: there is no training data to initialise from. RunError: NaN or infinity in it.
     """
     found = find_layers(model, config.matmuls)
-    check_layers(PLUGIN, model, {n: m for n, m in found.items() if not is_matmul(m)}, config.exclude)
+    check_layers(plugin, model, {n: m for n, m in found.items() if not is_matmul(m)}, config.exclude)
     if not run.restoring:
         batch = next(iter(run.batches("train", config.init_batch, config.init_batch)), None)
         if batch is None:
             raise DataError(
-                f"{PLUGIN}: the training split is empty; input steps are initialised from data, use ?train=N above 0"
+                f"{plugin}: the training split is empty; input steps are initialised from data, use ?train=N above 0"
             )
         weighted = {name: module for name, module in found.items() if not is_matmul(module)}
         order = execution_order(model, weighted, lambda: run.forward(model, batch))
@@ -60,15 +89,15 @@ def insert_quantizers(model: nn.Module, config: LSQConfig, structure: dict[str, 
             replace_module(model, name, _quantized(name, module, config, structure, name in first_last))
     name_quantizers(model)
     model.to(run.device)
-    _prepare_weights(model, config, run)
+    _prepare_weights(plugin, model, config, run)
     if not run.restoring:
-        _initialise_inputs(model, config, structure, run, batch)
+        _initialise_inputs(plugin, model, config, structure, run, batch)
     _set_input_gradients(model, config, structure)
     return model
 
 
 def _quantized(
-    name: str, module: nn.Module, config: LSQConfig, structure: dict[str, Any], first_last: bool
+    name: str, module: nn.Module, config: StepOptions, structure: dict[str, Any], first_last: bool
 ) -> nn.Module:
     weight_bits = config.first_last_bits if first_last else config.weight_bits
     act_bits = config.first_last_bits if first_last else config.act_bits
@@ -89,7 +118,7 @@ def _quantized(
     return QuantLayer(module, quantizer, input_quantizer("input_quantizer"))
 
 
-def _prepare_weights(model: nn.Module, config: LSQConfig, run: Run) -> None:
+def _prepare_weights(plugin: str, model: nn.Module, config: StepOptions, run: Run) -> None:
     """Set the gradient scale of every weight step and, unless restoring, its initial value."""
     at_floor = []
     for layer in quant_layers(model).values():
@@ -106,11 +135,11 @@ def _prepare_weights(model: nn.Module, config: LSQConfig, run: Run) -> None:
     if at_floor:
         others = f" and {len(at_floor) - 1} others" if len(at_floor) > 1 else ""
         run.warn(
-            f"{PLUGIN}: {at_floor[0]}{others}: weights are all zero (in a channel); their steps start at the floor"
+            f"{plugin}: {at_floor[0]}{others}: weights are all zero (in a channel); their steps start at the floor"
         )
 
 
-def _weight_step(weight: Tensor, quantizer: Quantizer, config: LSQConfig) -> Tensor:
+def _weight_step(weight: Tensor, quantizer: Quantizer, config: StepOptions) -> Tensor:
     if config.init == "minmax":
         return minmax_symmetric(weight, quantizer.q_max, quantizer.axis)
     if config.offset:
@@ -118,12 +147,14 @@ def _weight_step(weight: Tensor, quantizer: Quantizer, config: LSQConfig) -> Ten
     return lsq_step(weight, quantizer.q_max, quantizer.axis)
 
 
-def _initialise_inputs(model: nn.Module, config: LSQConfig, structure: dict[str, Any], run: Run, batch: Any) -> None:
+def _initialise_inputs(
+    plugin: str, model: nn.Module, config: StepOptions, structure: dict[str, Any], run: Run, batch: Any
+) -> None:
     def initialise(quantizer: Quantizer, x: Tensor) -> None:
         x = x.detach()
         if not bool(torch.isfinite(x).all()):
             raise RunError(
-                f"{PLUGIN}: {quantizer.name}: the first batch holds NaN or infinity; check the data and the model"
+                f"{plugin}: {quantizer.name}: the first batch holds NaN or infinity; check the data and the model"
             )
         quantizer.set_signed(_is_signed(config, x))
         if quantizer.signed and config.narrow_range:
@@ -138,23 +169,50 @@ def _initialise_inputs(model: nn.Module, config: LSQConfig, structure: dict[str,
             whole = config.init == "minmax"
             at_floor = quantizer.set_scale((minmax_symmetric if whole else lsq_step)(x, quantizer.q_max))
         if at_floor:
-            run.warn(f"{PLUGIN}: {quantizer.name}: the first batch is constant here; its step starts at the floor")
+            run.warn(f"{plugin}: {quantizer.name}: the first batch is constant here; its step starts at the floor")
 
     initialise_inputs(model, initialise, lambda: run.forward(model, batch))
     for module in model.modules():
         if isinstance(module, Quantizer) and not bool(module.initialised):
-            run.warn(f"{PLUGIN}: {module.name}: the forward pass never reaches it; left at step 1")
+            run.warn(f"{plugin}: {module.name}: the forward pass never reaches it; left at step 1")
             module.set_scale(torch.ones_like(module.scale))
 
 
-def _is_signed(config: LSQConfig, x: Tensor) -> bool:
+def _is_signed(config: StepOptions, x: Tensor) -> bool:
     if config.act_signed != "auto":
         return config.act_signed == "true"
     # LSQ+ recommends the unsigned range with an offset: the offset takes the negative part.
     return not config.offset and bool((x < 0).any())
 
 
-def _set_input_gradients(model: nn.Module, config: LSQConfig, structure: dict[str, Any]) -> None:
+def _set_input_gradients(model: nn.Module, config: StepOptions, structure: dict[str, Any]) -> None:
     for module in model.modules():
         if isinstance(module, Quantizer) and module.name in structure["act_count"]:
             module.grad_scale = gradient_scale(config, int(structure["act_count"][module.name]), module.q_max)
+
+
+def lsq_step(v: Tensor, q_max: int, axis: int | None = None) -> Tensor:
+    """Return 2 mean|v| / sqrt(QP), per tensor or per index of `axis` (LSQ sec. 2.1)."""
+    magnitude = v.detach().float().abs()
+    mean = magnitude.mean() if axis is None else magnitude.mean([index for index in range(v.ndim) if index != axis])
+    return 2 * mean / math.sqrt(q_max)
+
+
+def lsq_plus_weight_step(v: Tensor, bits: int, axis: int | None = None) -> Tensor:
+    """Return max(|mu - 3 sigma|, |mu + 3 sigma|) / 2^(bits-1) (LSQ+ sec. 3.2)."""
+    dims = None if axis is None else [index for index in range(v.ndim) if index != axis]
+    v = v.detach().float()
+    mu, sigma = v.mean(dims), v.std(dims, correction=0)
+    return (mu - 3 * sigma).abs().maximum((mu + 3 * sigma).abs()) / 2 ** (bits - 1)
+
+
+def lsq_plus_input(x: Tensor, q_min: int, q_max: int, how: str) -> tuple[Tensor, Tensor]:
+    """Return scale and offset for inputs, by least squares or min-max (LSQ+ sec. 3.2)."""
+    return mse_affine(x, q_min, q_max) if how == "mse" else minmax_affine(x, q_min, q_max)
+
+
+def gradient_scale(config: StepOptions, count: int, q_max: int) -> float:
+    """Return g for a step that covers `count` elements (LSQ sec. 2.2)."""
+    if config.grad_scale == "none":
+        return 1.0
+    return 1.0 / math.sqrt(count * (q_max if config.grad_scale == "lsq" else 1))
