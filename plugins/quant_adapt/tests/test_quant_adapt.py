@@ -6,6 +6,16 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from eff.errors import ConfigError, NonFiniteLossError, RequestError, UnsupportedModelError
+from eff.options import check_config
+from eff.run import Run, Step
+from eff.schemas import TrainOptions
+from eff.tasks import Classification, ClassificationOptions
+from eff.training import make_optimizer
 from eff_quant_adapt.config import AdaPTConfig
 from eff_quant_adapt.cost import Cost, multiply_adds, overhead, size_ratio
 from eff_quant_adapt.formats import (
@@ -21,16 +31,6 @@ from eff_quant_adapt.formats import (
 from eff_quant_adapt.layers import FixedPointLayer, fixed_layers, initialise, insert, owners
 from eff_quant_adapt.plugin import AdaPT
 from eff_quant_adapt.training import Trainer
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import nn
-
-from eff.errors import ConfigError, NonFiniteLossError, RequestError, UnsupportedModelError
-from eff.options import check_config
-from eff.run import Run, Step
-from eff.schemas import TrainOptions
-from eff.tasks import Classification, ClassificationOptions
-from eff.training import make_optimizer
 from eff_quant_kit.packed import pack_state, unpack_state
 
 EFF_PLUGIN = "quant_adapt"

@@ -4,11 +4,6 @@ import copy
 
 import pytest
 import torch
-from eff_quant_biadapter.config import BiAdapterConfig
-from eff_quant_biadapter.insert import BesideMLP, adapter_layers
-from eff_quant_biadapter.plugin import BiAdapter
-from eff_quant_biadapter.qlinear import EPS, QLinear, codebook
-from eff_quant_biadapter.storage import dump, layer_bytes, load, payload_bytes, read_header
 from torch import nn
 
 from eff.errors import ConfigError, RequestError, RunError, UnsupportedModelError
@@ -17,6 +12,11 @@ from eff.options import check_config
 from eff.run import Run
 from eff.session import Plugins
 from eff.tasks import Classification, ClassificationOptions
+from eff_quant_biadapter.config import BiAdapterConfig
+from eff_quant_biadapter.insert import BesideMLP, adapter_layers
+from eff_quant_biadapter.plugin import BiAdapter
+from eff_quant_biadapter.qlinear import EPS, QLinear, codebook
+from eff_quant_biadapter.storage import dump, layer_bytes, load, payload_bytes, read_header
 
 EFF_PLUGIN = "quant_biadapter"
 

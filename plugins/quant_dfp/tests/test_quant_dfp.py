@@ -6,11 +6,6 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from eff_quant_dfp.config import DFPConfig
-from eff_quant_dfp.fixed import Fixed, add, down_convert, multiply, quantize, shift_right
-from eff_quant_dfp.layers import DFPLayer, dfp_layers, insert
-from eff_quant_dfp.plugin import DFPTraining
-from eff_quant_dfp.product import product
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -19,6 +14,11 @@ from eff.errors import ConfigError, RequestError, RunError, UnsupportedModelErro
 from eff.options import check_config
 from eff.run import Run
 from eff.tasks import Classification, ClassificationOptions
+from eff_quant_dfp.config import DFPConfig
+from eff_quant_dfp.fixed import Fixed, add, down_convert, multiply, quantize, shift_right
+from eff_quant_dfp.layers import DFPLayer, dfp_layers, insert
+from eff_quant_dfp.plugin import DFPTraining
+from eff_quant_dfp.product import product
 from eff_quant_kit.packed import pack_state, unpack_state
 
 EFF_PLUGIN = "quant_dfp"
@@ -135,6 +135,13 @@ def test_the_guaranteed_chain_is_the_longest_even_one(bits):
     config = DFPConfig(bits=bits)
     chain, product_ = config.guaranteed_chain, config.largest**2
     assert chain * product_ <= 2**31 - 1 < (chain + 2) * product_
+
+
+def test_a_chain_longer_than_the_sum_costs_no_memory():
+    config = DFPConfig(bits=4)
+    a, b = operands("random", k=9, largest=config.largest)
+    found, _ = product(Fixed(a, 0), Fixed(b, 0), config.products)
+    assert config.products > 10**7 and torch.equal(found, (a.long() @ b.long()).float())
 
 
 def test_longer_chains_wrap_as_int32_does_and_are_noticed():

@@ -3,13 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from eff_quant_lr2vq.block import Coded, LowRank, from_groups, to_groups
-from eff_quant_lr2vq.config import LR2VQConfig
-from eff_quant_lr2vq.dkm import attention, dkm, straight_through, temperature
-from eff_quant_lr2vq.insert import blocks
-from eff_quant_lr2vq.plugin import LR2VQ
-from eff_quant_lr2vq.rank import approximation_error, knee, measured_errors, predicted_errors, spectrum, water_filling
-from eff_quant_lr2vq.report import layer_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -24,6 +17,13 @@ from eff.testing.samples import DATA, MODEL, TinyCNN, blobs
 from eff.use import UseRequest, evaluate
 from eff_quant_kit.codebook_layers import CodebookLinear
 from eff_quant_kit.codebooks import nearest
+from eff_quant_lr2vq.block import Coded, LowRank, from_groups, to_groups
+from eff_quant_lr2vq.config import LR2VQConfig
+from eff_quant_lr2vq.dkm import attention, dkm, straight_through, temperature
+from eff_quant_lr2vq.insert import blocks
+from eff_quant_lr2vq.plugin import LR2VQ
+from eff_quant_lr2vq.rank import approximation_error, knee, measured_errors, predicted_errors, spectrum, water_filling
+from eff_quant_lr2vq.report import layer_bits
 
 EFF_PLUGIN = "quant_lr2vq"
 SMALL = {"m": 4, "k": 8, "min_params": 100}

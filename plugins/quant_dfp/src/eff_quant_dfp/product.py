@@ -37,6 +37,7 @@ def product(a: Fixed, b: Fixed, chain: int, overflow: str = "guaranteed", name: 
         RunError: "checked" and a partial sum left 32 bits.
     """
     (groups, m, k), n = a.codes.shape, b.codes.shape[2]
+    chain = min(chain, k)
     chains = -(-k // chain)
     left = _chains(a.codes, chain, chains)  # (G, chains, M, chain)
     right = _chains(b.codes.transpose(1, 2), chain, chains)  # (G, chains, N, chain)
