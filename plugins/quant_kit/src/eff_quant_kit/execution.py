@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eff.errors import EffError
 from eff.measure import time_forward
 from eff.run import Run
 from eff.schemas import Metric, Metrics, TableRow
@@ -130,10 +131,12 @@ def describe(model: nn.Module, run: Run) -> Metrics:
     executed = on_kernels(model)
     if not executed.ran:
         return Metrics()
+    try:
+        latency = time_forward(executed.model, run, budget_s=SECONDS).median
+    except EffError:  # a later method computes with the quantized layer itself, e.g. an adapter with its columns
+        return Metrics()
     values = {
-        "kernel_latency": Metric(
-            value=time_forward(executed.model, run, budget_s=SECONDS).median, unit="ms", better="lower"
-        ),
+        "kernel_latency": Metric(value=latency, unit="ms", better="lower"),
         "kernel_layers": Metric(value=100 * len(executed.ran) / (len(executed.ran) + len(executed.left)), unit="%"),
     }
     rows: list[TableRow] = [{"layer": name, "stays in float": reason} for name, reason in executed.left.items()]
