@@ -1,0 +1,3 @@
+"""Gradient-adaptive quantization-aware training."""
+
+__version__ = "0.1.0"
