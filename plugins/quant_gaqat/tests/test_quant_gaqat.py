@@ -6,12 +6,6 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from eff_quant_gaqat.config import GAQATConfig
-from eff_quant_gaqat.disorder import Tracker, disorder
-from eff_quant_gaqat.domains import ANGLES, Joined, Part, rotate, rotated_digits
-from eff_quant_gaqat.plugin import GAQAT, Domains
-from eff_quant_gaqat.report import domain_accuracy, sharpness
-from eff_quant_gaqat.training import Trainer, scale_names
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -23,6 +17,12 @@ from eff.run import Run, Step
 from eff.schemas import CORE_TRAINING, DataSpec, TrainOptions
 from eff.tasks import Classification, ClassificationOptions
 from eff.testing.samples import blobs
+from eff_quant_gaqat.config import GAQATConfig
+from eff_quant_gaqat.disorder import Tracker, disorder
+from eff_quant_gaqat.domains import ANGLES, Joined, Part, rotate, rotated_digits
+from eff_quant_gaqat.plugin import GAQAT, Domains
+from eff_quant_gaqat.report import domain_accuracy, sharpness
+from eff_quant_gaqat.training import Trainer, scale_names
 
 EFF_PLUGIN = "quant_gaqat"
 RATE = 1e-2

@@ -12,6 +12,12 @@ from eff.cli.runs import Arch, AsJson, BatchSize, Data, Device, Force, TrustPick
 
 Model = Annotated[str, typer.Argument(help="A model file, a run folder, or a source such as zoo:digits_cnn.")]
 
+Bits = Annotated[int | None, typer.Option("--bits", help="Width to compute with, for a model that holds several.")]
+
+
+def _settings(bits: int | None) -> dict[str, int]:
+    return {} if bits is None else {"bits": bits}
+
 
 @app.command()
 def evaluate(
@@ -24,6 +30,7 @@ def evaluate(
     arch: Arch = None,
     device: Device = None,
     batch_size: BatchSize = None,
+    bits: Bits = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the figures and files of the methods.")] = None,
     force: Force = False,
     trust_pickle: TrustPickle = False,
@@ -43,7 +50,9 @@ def evaluate(
     names = [name for name in (method or "").split(",") if name]
     options = split_assignments(option or [], names)
     uses = [MethodUse(name=name, options=options[name]) for name in names]
-    request = UseRequest(model, arch, data, device or "auto", batch_size, trust_pickle=trust_pickle)
+    request = UseRequest(
+        model, arch, data, device or "auto", batch_size, trust_pickle=trust_pickle, settings=_settings(bits)
+    )
     measured = measure_model(request, uses, out, force, TerminalLog(quiet=as_json))
     if as_json:
         print_json(measured)
@@ -101,6 +110,7 @@ def export(
     arch: Arch = None,
     data: Data = None,
     device: Device = None,
+    bits: Bits = None,
     force: Force = False,
     trust_pickle: TrustPickle = False,
     as_json: AsJson = False,
@@ -117,7 +127,7 @@ def export(
     path = file_of(model)
     folder = out or (path.parent if path else Path("."))
     formats = [name for item in to for name in item.split(",") if name]
-    request = UseRequest(model, arch, data, device or "auto", trust_pickle=trust_pickle)
+    request = UseRequest(model, arch, data, device or "auto", trust_pickle=trust_pickle, settings=_settings(bits))
     artifacts = export_model(request, formats, folder, force, TerminalLog(quiet=as_json))
     if as_json:
         print_json(artifacts)
