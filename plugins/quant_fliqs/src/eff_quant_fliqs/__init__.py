@@ -1,0 +1,3 @@
+"""FLIQS: one-shot search for number formats."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,186 @@
+"""The claim at desk scale: digits at 16 x 16 with light noise, formats int2, int4 and int8, 1.1 times the cost of int4.
+
+Five convolutions and a linear layer (59 thousand weights), 20 epochs of core's recipe for every setting; first and last layer at
+int8 throughout. `random` is the mean over three assignments within 5 % of the target, each trained from scratch; `sensitivity`
+quantizes the float model without training, formats by each layer's own rise of the training loss; `retrained` trains anew at
+the formats found. The reward sees training batches alone.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from eff.claims import ClaimRun
+from eff.data import Batch, Data, Split, load_data
+from eff.measure import task_metrics
+from eff.models import make_task
+from eff.run import Run
+from eff.schemas import CORE_TRAINING, TaskSpec
+from eff.seeding import seed_everything
+from eff.session import Chosen, Plugins
+from eff.training import Training
+from eff_quant_fliqs.config import FLIQSConfig
+from eff_quant_fliqs.layers import cost, insert, set_choices
+from eff_quant_fliqs.plugin import FLIQS
+from eff_quant_fliqs.report import training_loss
+from eff_quant_kit.allocation import Budget, allocate
+from eff_quant_kit.layers import reestimate_batch_norm
+
+FORMATS = ("int2", "int4", "int8")
+OVER_INT4, DRAWS, EPOCHS, NOISE = 1.1, 3, 20, 0.1
+
+
+class Held:
+    """Images and labels in memory."""
+
+    def __init__(self, images: Tensor, labels: Tensor, name: str):
+        self.images, self.labels, self.name = images, labels, name
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.labels)
+
+    def batch(self, indices: object, generator: torch.Generator | None = None) -> Batch:
+        """Return samples as one batch."""
+        chosen = torch.tensor(list(indices))  # type: ignore[call-overload]
+        return {"image": self.images[chosen], "label": self.labels[chosen]}
+
+    def fingerprint(self) -> str:
+        """Return a name."""
+        return self.name
+
+
+class Net(nn.Sequential):
+    """Convolutions of 16, 32, 32, 48 and 48 channels with batch norm and ReLU, then a linear layer."""
+
+    def __init__(self) -> None:
+        layers: list[nn.Module] = []
+        for before, after, stride in ((1, 16, 1), (16, 32, 2), (32, 32, 1), (32, 48, 2), (48, 48, 1)):
+            layers += [nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(192, 10))
+
+
+def noisy_digits(seed: int) -> Data:
+    """Return the digits, bilinear at 16 x 16, with Gaussian noise."""
+    data = load_data(f"digits?seed={seed}")
+    generator = torch.Generator().manual_seed(seed)
+
+    def held(split: Split, name: str) -> Held:
+        batch = split.batch(range(len(split)))
+        images = F.interpolate(batch["image"], size=(16, 16), mode="bilinear", align_corners=False)
+        images = (images + NOISE * torch.randn(images.shape, generator=generator)).clamp(0, 1)
+        return Held(images, batch["label"], f"{split.fingerprint()}/{name}")
+
+    task = TaskSpec(name=data.task.name, options={**data.task.options, "input_shape": [1, 16, 16]})
+    return Data(data.spec, task, held(data.split("train"), "train"), held(data.split("test"), "test"))
+
+
+def digits(run: ClaimRun) -> dict[str, list[float]]:
+    """Return accuracies and costs by setting and seed."""
+    measured: dict[str, list[float]] = {}
+    for seed in run.log.track(run.seeds, "digits"):
+        for name, value in _one_seed(seed).items():
+            measured.setdefault(name, []).append(value)
+    return measured
+
+
+def _one_seed(seed: int) -> dict[str, float]:
+    data = noisy_digits(seed)
+    seed_everything(seed, "model")
+    base = Net()
+    structure: dict[str, object] = {}
+    probe = _run(data, seed)
+    insert(copy.deepcopy(base), FLIQSConfig(formats=FORMATS), structure, probe)
+    count = len(structure["decisions"])  # type: ignore[arg-type]
+    shown = FLIQSConfig(formats=FORMATS)
+    target = OVER_INT4 * cost(structure, shown, [1] * count)
+    config = FLIQSConfig(formats=FORMATS, target_cost=target)
+    found: dict[str, float] = {}
+    method = FLIQS(config)
+    model, run = _train(copy.deepcopy(base), data, seed, method)
+    chosen = [int(index) for index in method.structure["chosen"]]  # type: ignore[union-attr,call-overload,arg-type]
+    found["searched"] = _accuracy(model, data, run)
+    found["searched_cost_over_target"] = cost(structure, config, chosen) / target
+    found["searched_entropy"] = float(method.structure["entropy"])  # type: ignore[arg-type]
+    for index, name in enumerate(FORMATS):
+        found[f"uniform_{name}"] = _fixed(base, data, seed, [index] * count)
+    found["retrained"] = _fixed(base, data, seed, chosen)
+    draws = random_assignments(structure, config, target, count, seed)
+    accuracies = [_fixed(base, data, seed, draw) for draw in draws]
+    found["random"], found["random_best"] = sum(accuracies) / len(accuracies), max(accuracies)
+    float_model, run = _train(copy.deepcopy(base), data, seed, None)
+    found["float"] = _accuracy(float_model, data, run)
+    found["sensitivity"] = _after_training(float_model, data, seed, target)
+    return found
+
+
+def random_assignments(structure: object, config: FLIQSConfig, target: float, count: int, seed: int) -> list[list[int]]:
+    """Return different assignments whose cost is within 5 % of the target."""
+    generator = torch.Generator().manual_seed(seed)
+    found: list[list[int]] = []
+    for _ in range(100_000):
+        draw = torch.randint(len(FORMATS), (count,), generator=generator).tolist()
+        if abs(cost(structure, config, draw) / target - 1) <= 0.05 and draw not in found:  # type: ignore[arg-type]
+            found.append(draw)
+        if len(found) == DRAWS:
+            break
+    return found
+
+
+def _run(data: Data, seed: int) -> Run:
+    recipe = CORE_TRAINING.model_copy(update={"epochs": EPOCHS, "augment": False})
+    return Run(
+        make_task(data.task, Plugins([], extensions=())), torch.device("cpu"), seed, data, train=recipe, training=True
+    )
+
+
+def _train(model: nn.Module, data: Data, seed: int, method: FLIQS | None) -> tuple[nn.Module, Run]:
+    plugins = Plugins([Chosen("quant_fliqs", "", "eff-quant-fliqs", method)] if method else [], extensions=())
+    run = _run(data, seed)
+    if method is not None:
+        seed_everything(seed, "transform")
+        model = method.transform(model=model, run=run)
+    Training(model, run, plugins).run_all()
+    if method is not None:
+        model = method.finish(model, run)
+    return model.eval(), run
+
+
+def _fixed(base: nn.Module, data: Data, seed: int, choices: list[int]) -> float:
+    """Return the accuracy of a network trained at fixed formats."""
+    structure: dict[str, object] = {}
+    run = _run(data, seed)
+    model = insert(copy.deepcopy(base), FLIQSConfig(formats=FORMATS), structure, run)
+    set_choices(model, structure, choices)
+    Training(model, run, Plugins([], extensions=())).run_all()
+    reestimate_batch_norm(model, run.batches("train", 1024, 64), lambda batch: run.forward(model, batch))
+    return _accuracy(model.eval(), data, run)
+
+
+def _after_training(model: nn.Module, data: Data, seed: int, target: float) -> float:
+    """Return the accuracy of the float model quantized by single-layer sensitivity within the target."""
+    structure: dict[str, object] = {}
+    run, config = _run(data, seed), FLIQSConfig(formats=FORMATS)
+    changed = insert(copy.deepcopy(model), config, structure, run).eval()
+    count = len(structure["decisions"])  # type: ignore[arg-type]
+    losses, use = np.zeros((count, len(FORMATS))), np.zeros((count, len(FORMATS)))
+    highest = [len(FORMATS) - 1] * count
+    fixed = cost(structure, config, highest)
+    for row in range(count):
+        for column in range(len(FORMATS)):
+            choices = [*highest[:row], column, *highest[row + 1 :]]
+            set_choices(changed, structure, choices)
+            losses[row, column] = training_loss(changed, run)
+            use[row, column] = cost(structure, config, choices) - fixed
+    chosen = allocate("quant_fliqs", losses, [Budget("cost", use, target - fixed)]).choices
+    set_choices(changed, structure, list(chosen))
+    return _accuracy(changed, data, run)
+
+
+def _accuracy(model: nn.Module, data: Data, run: Run) -> float:
+    return task_metrics(model, data, run).values["accuracy"].value
