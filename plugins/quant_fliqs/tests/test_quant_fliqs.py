@@ -4,11 +4,6 @@ import math
 
 import pytest
 import torch
-from eff_quant_fliqs.config import FLIQSConfig
-from eff_quant_fliqs.formats import best_share, magnitude, parse, quantize, scale_of
-from eff_quant_fliqs.layers import FormatLayer, check_target, cost, decisions, format_layers, insert, set_choices
-from eff_quant_fliqs.plugin import FLIQS
-from eff_quant_fliqs.policy import Policy, entropy_weight, reward
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -21,6 +16,11 @@ from eff.schemas import CORE_TRAINING, DataSpec, MethodUse, Recipe, TrainOptions
 from eff.tasks import Classification, ClassificationOptions
 from eff.testing.samples import DATA, MODEL, blobs
 from eff.use import UseRequest, evaluate
+from eff_quant_fliqs.config import FLIQSConfig
+from eff_quant_fliqs.formats import best_share, magnitude, parse, quantize, scale_of
+from eff_quant_fliqs.layers import FormatLayer, check_target, cost, decisions, format_layers, insert, set_choices
+from eff_quant_fliqs.plugin import FLIQS
+from eff_quant_fliqs.policy import Policy, entropy_weight, reward
 from eff_quant_kit.packed import pack_state, unpack_state
 
 EFF_PLUGIN = "quant_fliqs"

@@ -1,9 +1,9 @@
 """The claim at desk scale: digits at 16 x 16 with light noise, formats int2, int4 and int8, 1.1 times the cost of int4.
 
-Five convolutions and a linear layer (59 thousand weights), 20 epochs of core's recipe for every setting; first and last layer at
-int8 throughout. `random` is the mean over three assignments within 5 % of the target, each trained from scratch; `sensitivity`
-quantizes the float model without training, formats by each layer's own rise of the training loss; `retrained` trains anew at
-the formats found. The reward sees training batches alone.
+Five convolutions and a linear layer (59 thousand weights), 20 epochs of SGD 0.01 for every setting (core's 0.05 diverges with
+int2); first and last layer at int8 throughout. `random` is the mean over three assignments within 5 % of the target, each
+trained from scratch; `sensitivity` quantizes the float model without training, formats by each layer's own rise of the training
+loss; `retrained` trains anew at the formats found. The reward sees training batches alone.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def random_assignments(structure: object, config: FLIQSConfig, target: float, co
 
 
 def _run(data: Data, seed: int) -> Run:
-    recipe = CORE_TRAINING.model_copy(update={"epochs": EPOCHS, "augment": False})
+    recipe = CORE_TRAINING.model_copy(update={"epochs": EPOCHS, "augment": False, "lr": 0.01})
     return Run(
         make_task(data.task, Plugins([], extensions=())), torch.device("cpu"), seed, data, train=recipe, training=True
     )
