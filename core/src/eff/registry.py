@@ -58,6 +58,7 @@ SHIPPED = (
     "quant_lr2vq",
     "quant_lsq",
     "quant_quest",
+    "quant_vq4dit",
     "restore_deanet",
     "train_adamp",
 )

@@ -1,0 +1,3 @@
+"""VQ4DiT: vector quantization of diffusion transformers."""
+
+__version__ = "0.1.0"
