@@ -52,6 +52,7 @@ SHIPPED = (
     "quant_dfp",
     "quant_double_rounding",
     "quant_efficientdm",
+    "quant_emq",
     "quant_fliqs",
     "quant_gaqat",
     "quant_gradptq",

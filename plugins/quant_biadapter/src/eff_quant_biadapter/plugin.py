@@ -27,6 +27,7 @@ class BiAdapter(Method[BiAdapterConfig]):
         paper="arXiv:2307.16867",
         url="https://arxiv.org/abs/2307.16867",
         needs=("train_data",),
+        tasks=("classification", "text_classification"),
         formats=("biadapter",),
         composes_with=("quantized or pruned frozen models", "distillation"),
         conflicts_with=("peft_*", "nas_*"),

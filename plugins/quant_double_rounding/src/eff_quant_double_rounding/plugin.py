@@ -29,6 +29,7 @@ class DoubleRounding(Method[DoubleRoundingConfig]):
         paper="arXiv:2502.01199",
         url="https://arxiv.org/abs/2502.01199",
         needs=("train_data",),
+        tasks=("classification", "text_classification"),
         formats=("packed",),
         composes_with=("distillation", "pruning before it"),
         conflicts_with=("quant_*",),

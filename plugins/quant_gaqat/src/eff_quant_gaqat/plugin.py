@@ -38,6 +38,7 @@ class GAQAT(Method[GAQATConfig]):
         paper="arXiv:2412.05551",
         url="https://arxiv.org/abs/2412.05551",
         needs=("train_data",),
+        tasks=("classification", "text_classification"),
         formats=("packed", "onnx"),
         composes_with=("weight averaging of weights and scales", "pruning before it"),
         conflicts_with=("quant_*",),

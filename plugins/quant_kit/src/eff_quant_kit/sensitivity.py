@@ -21,6 +21,7 @@ import torch
 from pydantic import Field, ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from eff.errors import RequestError, RunError, UnsupportedModelError, did_you_mean
 from eff.files import write_text
@@ -104,6 +105,7 @@ def rounded(weight: Tensor, bits: int) -> Tensor:
     return (weight / scale).round().clamp(q_min, q_max) * scale
 
 
+@sdpa_kernel(SDPBackend.MATH)  # fused attention has no second derivative
 def hessian_traces(
     model: nn.Module,
     weights: Mapping[str, Tensor],

@@ -1,0 +1,95 @@
+"""Every quantization method on architectures that it was not made for: it works, or says why not."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from eff.errors import EffError
+from eff.runner import apply
+from eff.schemas import MethodUse, Recipe, TrainOptions
+from eff.use import UseRequest, evaluate
+
+OPTIONS = {
+    "quant_adaquant": {"iters": 2, "calib_size": 32, "batch": 16},
+    "quant_gradptq": {"iters": 2, "calib_size": 32, "batch": 16},
+    "quant_lr2vq": {"m": 4, "k": 4, "min_params": 32, "stage1_epochs": 1, "stage2_epochs": 1},
+    "quant_gaqat": {"window": 4},
+    "quant_emq": {
+        "population": 10, "iterations": 3, "bench_samples": 32, "batch_size": 16, "budget": 0.9, "bench_size": 20, "exhaustive": 30,
+    },
+    "quant_fliqs": {"target_cost": 0.7},
+    "quant_double_rounding": {"bits": [8, 4]},
+    "quant_biadapter": {"placement": "lora", "dim": 2, "epochs": 1, "warmup": 0},
+}  # fmt: skip
+
+
+class Branchy(nn.Module):
+    """Splits, concatenates, calls one layer and its norm twice, and uses functions for the rest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 3, 1, 1)
+        self.left, self.right = nn.Conv2d(4, 8, 3, 1, 1), nn.Conv2d(4, 8, 1)
+        self.shared = nn.Conv2d(16, 16, 3, 1, 1)
+        self.norm = nn.BatchNorm2d(16)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (N, 10)."""
+        a, b = F.relu(self.stem(x)).chunk(2, 1)
+        x = torch.cat([self.left(a), self.right(b)], 1)
+        for _ in range(2):
+            x = F.relu(self.norm(self.shared(x)) + x)
+        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+MODELS = {
+    "branches, shared layers, functions": ("branchy_for_the_matrix:Branchy", "digits?train=64&test=64"),
+    "ViT": ("zoo:vit_micro?depth=2&dim=16&heads=2", "digits?train=64&test=64"),
+    "BERT": ("zoo:text_tiny", "eff_peft_paca.sentences:sentences?train=64&test=32"),
+}
+METHODS = (
+    "quant_lsq", "quant_adaquant", "quant_gradptq", "quant_dfp", "quant_adapt", "quant_lr2vq", "quant_double_rounding",
+    "quant_gaqat", "quant_fliqs", "quant_emq", "quant_biadapter", "quant_quest", "quant_efficientdm", "quant_vq4dit",
+)  # fmt: skip
+REFUSED = {
+    **{
+        (name, model): "is for diffusion"
+        for name in ("quant_quest", "quant_efficientdm", "quant_vq4dit")
+        for model in MODELS
+    },
+    ("quant_biadapter", "branches, shared layers, functions"): "has no qkv, query, value",
+}
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    pytest.importorskip("sklearn", reason="the digits need scikit-learn")
+    module = "from tests_of_the_matrix import Branchy\n"
+    monkeypatch.setitem(
+        __import__("sys").modules, "tests_of_the_matrix", __import__("types").SimpleNamespace(Branchy=Branchy)
+    )
+    (tmp_path / "branchy_for_the_matrix.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    return MODELS
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+@pytest.mark.parametrize("method", METHODS)
+def test_it_works_and_reloads_or_is_refused_with_a_reason(method, architecture, source, tmp_path):
+    model, data = source[architecture]
+    recipe = Recipe(
+        model=model, data=data, methods=(MethodUse(name=method, options=OPTIONS.get(method, {})),), device="cpu",
+        train=TrainOptions(epochs=1, batch_size=32),
+    )  # fmt: skip
+    reason = REFUSED.get((method, architecture))
+    if reason is not None:
+        with pytest.raises(EffError, match=reason):
+            apply(recipe, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+        return
+    report = apply(recipe, tmp_path / "run")
+    again = evaluate(UseRequest(str(tmp_path / "run"), device="cpu"))
+    name = "accuracy"
+    assert again.metrics.values[name].value == pytest.approx(report.after.metrics.values[name].value)
