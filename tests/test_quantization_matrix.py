@@ -19,6 +19,7 @@ OPTIONS = {
         "population": 10, "iterations": 3, "bench_samples": 32, "batch_size": 16, "budget": 0.9, "bench_size": 20, "exhaustive": 30,
     },
     "quant_fliqs": {"target_cost": 0.7},
+    "quant_hawqv3": {"bits": "mixed", "trace_draws": 2, "trace_samples": 32, "calibration_samples": 32, "exclude": ["shared"]},
     "quant_double_rounding": {"bits": [8, 4]},
     "quant_biadapter": {"placement": "lora", "dim": 2, "epochs": 1, "warmup": 0},
 }  # fmt: skip
@@ -51,7 +52,7 @@ MODELS = {
 }
 METHODS = (
     "quant_lsq", "quant_adaquant", "quant_gradptq", "quant_dfp", "quant_adapt", "quant_lr2vq", "quant_double_rounding",
-    "quant_gaqat", "quant_fliqs", "quant_emq", "quant_biadapter", "quant_quest", "quant_efficientdm", "quant_vq4dit",
+    "quant_gaqat", "quant_fliqs", "quant_emq", "quant_hawqv3", "quant_biadapter", "quant_quest", "quant_efficientdm", "quant_vq4dit",
 )  # fmt: skip
 REFUSED = {
     **{
@@ -59,6 +60,8 @@ REFUSED = {
         for name in ("quant_quest", "quant_efficientdm", "quant_vq4dit")
         for model in MODELS
     },
+    ("quant_hawqv3", "ViT"): "no integer form for .*(GELU|LayerNorm)|cannot be traced",
+    ("quant_hawqv3", "BERT"): "is for classification",
     ("quant_biadapter", "branches, shared layers, functions"): "has no qkv, query, value",
 }
 

@@ -110,8 +110,8 @@ def onnx_export(model: nn.Module, path: Path, run: Run, **options: Any) -> None:
         UnsupportedModelError: torch.onnx cannot translate the model.
     """
     try:
-        import onnx
-        import onnxscript  # noqa: F401 - torch.onnx needs it
+        import onnx  # noqa: F401 - torch.onnx needs both
+        import onnxscript  # noqa: F401
     except ImportError as error:
         raise MissingDependencyError(f"ONNX export needs {error.name}; pip install 'eff-core[onnx]'") from error
     inputs = tuple(value.to(run.device) for value in run.task.example_inputs(2))
@@ -127,7 +127,13 @@ def onnx_export(model: nn.Module, path: Path, run: Run, **options: Any) -> None:
             f"{type(model).__name__} cannot be written as ONNX: {_first_line(error)}"
         ) from error
     assert program is not None
-    proto = program.model_proto
+    save_onnx(program.model_proto, path, run)
+
+
+def save_onnx(proto: Any, path: Path, run: Run) -> None:
+    """Check and write an ONNX model (`onnx.ModelProto`); the task's options, e.g. normalisation, go into its metadata."""
+    import onnx
+
     for key, value in run.task.spec.options.items():
         proto.metadata_props.add(key=f"eff.{key}", value=json.dumps(value))
     onnx.checker.check_model(proto)

@@ -56,6 +56,7 @@ SHIPPED = (
     "quant_fliqs",
     "quant_gaqat",
     "quant_gradptq",
+    "quant_hawqv3",
     "quant_lr2vq",
     "quant_lsq",
     "quant_quest",
