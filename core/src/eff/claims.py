@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from eff.errors import PluginError, RequestError, RunError, did_you_mean
@@ -20,6 +20,19 @@ class ClaimRun:
 
     seeds: tuple[int, ...]
     log: Log
+
+    def by_seed(self, description: str, measure: Callable[[int], Mapping[str, float]]) -> dict[str, list[float]]:
+        """Return what `measure` gives for each seed, as a claim's function returns it; shows progress.
+
+        Args:
+            description: of the progress.
+            measure: seed -> {setting: value}, the same settings for every seed.
+        """
+        measured: dict[str, list[float]] = {}
+        for seed in self.log.track(self.seeds, description):
+            for name, value in measure(seed).items():
+                measured.setdefault(name, []).append(value)
+        return measured
 
 
 def verify(

@@ -19,10 +19,11 @@ from eff.schemas import CORE_TRAINING, DataSpec, MethodUse, Recipe, TrainOptions
 from eff.tasks import Classification, ClassificationOptions
 from eff.testing.samples import DATA, MODEL, blobs
 from eff.use import UseRequest, evaluate
+from eff_kernels.int_matmul.reference import shift_rounded
 from eff_quant_hawqv3.bits import Programme, programme
 from eff_quant_hawqv3.claims import brute_force, digits_residual
 from eff_quant_hawqv3.config import HAWQV3Config
-from eff_quant_hawqv3.dyadic import factor, requantize
+from eff_quant_hawqv3.dyadic import factor
 from eff_quant_hawqv3.network import Layer, Network, simulate
 from eff_quant_hawqv3.plan import read_plan
 from eff_quant_hawqv3.plugin import HAWQV3
@@ -51,13 +52,13 @@ def test_a_dyadic_number_is_the_ratio_to_31_bits_and_rounds_as_fractions_do(abov
     assert abs(exact - ratio) <= max(ratio / 2**30, Fraction(1, 2**63)) and 1 <= e <= 62 and 0 < m < 2**31
     value = q * exact
     expected = round(value) if half_even else (value + Fraction(1, 2)).__floor__()
-    assert int(requantize(torch.tensor([q]), m, e, half_even)) == expected
+    assert int(shift_rounded(torch.tensor([q]), m, e, half_even)) == expected
 
 
 @pytest.mark.parametrize(("half_even", "expected"), [(False, [-1, 0, 1, 2, 3]), (True, [-2, 0, 0, 2, 2])])
 def test_ties_go_up_or_to_even(half_even, expected):
     q = torch.tensor([-3, -1, 1, 3, 5])
-    assert requantize(q, torch.tensor(2**30), torch.tensor(31), half_even).tolist() == expected
+    assert shift_rounded(q, torch.tensor(2**30), torch.tensor(31), half_even).tolist() == expected
 
 
 def test_scales_that_are_dead_or_too_far_apart_are_refused():

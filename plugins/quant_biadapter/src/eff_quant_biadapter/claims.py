@@ -66,11 +66,7 @@ class Turned:
 
 def vit_digits(run: ClaimRun) -> dict[str, list[float]]:
     """Return accuracies and bytes by variant and seed."""
-    measured: dict[str, list[float]] = {}
-    for seed in run.log.track(run.seeds, "vit_digits"):
-        for name, value in _one_seed(seed).items():
-            measured.setdefault(name, []).append(value)
-    return measured
+    return run.by_seed("vit_digits", _one_seed)
 
 
 def _one_seed(seed: int) -> dict[str, float]:

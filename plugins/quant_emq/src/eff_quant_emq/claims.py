@@ -57,11 +57,7 @@ def trained(seed: int) -> tuple[nn.Module, Run]:
 
 def digits(run: ClaimRun) -> dict[str, list[float]]:
     """Return rank correlations by proxy and seed."""
-    measured: dict[str, list[float]] = {}
-    for seed in run.log.track(run.seeds, "digits"):
-        for name, value in _one_seed(seed).items():
-            measured.setdefault(name, []).append(value)
-    return measured
+    return run.by_seed("digits", _one_seed)
 
 
 def _one_seed(seed: int) -> dict[str, float]:

@@ -82,11 +82,7 @@ def noisy_digits(seed: int) -> Data:
 
 def digits(run: ClaimRun) -> dict[str, list[float]]:
     """Return accuracies and costs by setting and seed."""
-    measured: dict[str, list[float]] = {}
-    for seed in run.log.track(run.seeds, "digits"):
-        for name, value in _one_seed(seed).items():
-            measured.setdefault(name, []).append(value)
-    return measured
+    return run.by_seed("digits", _one_seed)
 
 
 def _one_seed(seed: int) -> dict[str, float]:

@@ -79,11 +79,7 @@ def digits_residual(width: int = 8, num_classes: int = 10, in_channels: int = 1)
 
 def digits(run: ClaimRun) -> dict[str, list[float]]:
     """Return accuracies, equality and the programme's exactness by setting and seed."""
-    measured: dict[str, list[float]] = {}
-    for seed in run.log.track(run.seeds, "digits"):
-        for name, value in _one_seed(seed).items():
-            measured.setdefault(name, []).append(value)
-    return measured
+    return run.by_seed("digits", _one_seed)
 
 
 def _one_seed(seed: int) -> dict[str, float]:
@@ -96,7 +92,9 @@ def _one_seed(seed: int) -> dict[str, float]:
     eight = TrainOptions(epochs=0).over(recipe)
     four = TrainOptions(epochs=3, lr=1e-3, weight_decay=1e-4, schedule="constant").over(recipe)
 
-    def measure(name: str, config: HAWQV3Config, recipe: TrainOptions, bits: dict[str, int] | None = None) -> HAWQV3:
+    def measure(
+        name: str, config: HAWQV3Config, recipe: TrainOptions, bits: dict[str, int] | None = None
+    ) -> tuple[HAWQV3, Network, Run]:
         method = HAWQV3(config)
         if bits is not None:
             method.structure["bits"] = bits  # type: ignore[assignment]
@@ -106,15 +104,13 @@ def _one_seed(seed: int) -> dict[str, float]:
         found["equal_codes"] = min(
             found.get("equal_codes", 100.0), compare_with_runner(net, data, run, 10**6)["equal_codes"].value
         )
-        return method
+        return method, net, run
 
-    measure("w8", HAWQV3Config(bits=8), eight)
+    _, net, run = measure("w8", HAWQV3Config(bits=8), eight)
     measure("w4_untrained", HAWQV3Config(bits=4), eight)
     measure("w4", HAWQV3Config(bits=4), four)
     mixed_config = HAWQV3Config(bits="mixed")
-    mixed = measure("mixed", mixed_config, four)
-    net, run = _train(copy.deepcopy(base), data, seed, eight, HAWQV3(HAWQV3Config(bits=8)))
-    assert isinstance(net, Network)
+    mixed, _, _ = measure("mixed", mixed_config, four)
     problem = programme(net.plan, net, mixed_config, run)
     omega = np.array([mixed.structure["omega"][name] for name in problem.layers])  # type: ignore[index, call-overload]
     best = [BITS.index(mixed.structure["bits"][name]) for name in problem.layers]  # type: ignore[index, call-overload]

@@ -34,18 +34,3 @@ def factor(scale_in: Tensor, scale_out: Tensor, where: str) -> tuple[Tensor, Ten
         )
     m, e = dyadic(ratio.clamp_min(SMALLEST_RATIO))
     return torch.where(ratio < SMALLEST_RATIO, 0, m.long()), e.long()
-
-
-def requantize(q: Tensor, m: Tensor, e: Tensor, half_even: bool = False) -> Tensor:
-    """Return round(q m / 2^e) in int64; ties go up, or to even.
-
-    Args:
-        q: int64 with |q m| < 2^62.
-        m, e: int64, broadcast against q.
-    """
-    shifted = q * m + (torch.ones_like(e) << (e - 1))
-    level = shifted >> e
-    if half_even:
-        tie = (shifted & ((torch.ones_like(e) << e) - 1)) == 0
-        level = torch.where(tie, level & ~1, level)
-    return level

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eff.errors import RunError
+from eff_kernels.int_matmul.reference import shift_rounded
 from eff_quant_hawqv3.config import HAWQV3Config
-from eff_quant_hawqv3.dyadic import factor, requantize
+from eff_quant_hawqv3.dyadic import factor
 from eff_quant_hawqv3.plan import PLUGIN, Node, Plan
 
 Path = Literal["integers", "simulated", "float"]
@@ -414,7 +415,7 @@ class Codes(Integers):
 
     def requantize(self, x: Tensor, m: Tensor, e: Tensor, low: int | None, high: int | None) -> Tensor:
         shape = (1, -1, *[1] * (x.ndim - 2)) if m.ndim else ()
-        codes = requantize(x.long(), m.reshape(shape), e.reshape(shape), self.half_even)
+        codes = shift_rounded(x.long(), m.reshape(shape), e.reshape(shape), self.half_even)
         return (codes if low is None else codes.clamp(low, high)).double()
 
     def layer(self, x: Tensor, weight: Tensor, bias: Tensor, layer: Layer, low: int) -> Tensor:

@@ -196,9 +196,7 @@ class _Graph:
         source, kernel, padding = self._source(step), step["kernel"], step["padding"]
         before, after = self.shapes[step["in"][0]][2:], self.shapes[step["out"]][2:]
         if tuple(before) == tuple(kernel) and not any(padding):
-            if all_at_once == "ReduceSum":
-                return self._set(step, self.add("ReduceSum", [source, self.integer([2, 3])], keepdims=1))
-            return self._set(step, self.add("ReduceMax", [source, self.integer([2, 3])], keepdims=1))
+            return self._set(step, self.add(all_at_once, [source, self.integer([2, 3])], keepdims=1))
         if any(padding):
             sides = [0, 0, *padding, 0, 0, *padding]
             source = self.add("Pad", [source, self.integer(sides), self.integer(border)])

@@ -66,11 +66,7 @@ class Part:
 
 def m16_digits(run: ClaimRun) -> dict[str, list[float]]:
     """Return accuracies, errors of the float weights, and bytes, for each seed."""
-    measured: dict[str, list[float]] = {}
-    for seed in run.log.track(run.seeds, "m16_digits"):
-        for name, value in _one_seed(seed).items():
-            measured.setdefault(name, []).append(value)
-    return measured
+    return run.by_seed("m16_digits", _one_seed)
 
 
 def _one_seed(seed: int) -> dict[str, float]:

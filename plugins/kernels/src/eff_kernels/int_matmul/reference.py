@@ -27,13 +27,24 @@ def requantize(
     wide = total.long()
     if bias is not None:
         wide = wide + bias.long()
-    e = shift.long()
-    shifted = wide * multiplier.long() + (torch.ones_like(e) << (e - 1))  # plus one half
+    level = shift_rounded(wide, multiplier.long(), shift.long(), half_even)
+    return level.clamp(q_min, q_max).to(output_dtype(q_max))
+
+
+def shift_rounded(q: Tensor, m: Tensor, e: Tensor, half_even: bool = False) -> Tensor:
+    """Return round(q m / 2^e) in int64; ties go up, or to even.
+
+    Args:
+        q: int64 with |q m| < 2^62.
+        m, e: int64, broadcast against q; e in [1, 62].
+        half_even: rule of ties.
+    """
+    shifted = q * m + (torch.ones_like(e) << (e - 1))  # plus one half
     level = shifted >> e  # rounds toward minus infinity
     if half_even:
         tie = (shifted & ((torch.ones_like(e) << e) - 1)) == 0
         level = torch.where(tie, level & ~1, level)
-    return level.clamp(q_min, q_max).to(output_dtype(q_max))
+    return level
 
 
 def scaled(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
