@@ -186,7 +186,7 @@ def test_sizes_follow_the_formula_and_the_file_counts(tmp_path):
     artifact = next(item for item in report.artifacts if item.format == "packed")
     path = tmp_path / "run" / artifact.path
     found = report.after.metrics.values
-    assert found["bits_per_weight"].value == pytest.approx(
+    assert found["mean_weight_bits"].value == pytest.approx(
         1 + 16 * 16 * 4 * 16 / sum([6144, 1024, 1024, 1024, 1024, 4096, 4096] * 2), rel=0.2
     )
     assert artifact.details["file_ratio"] == pytest.approx(

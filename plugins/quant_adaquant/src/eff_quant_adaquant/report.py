@@ -9,22 +9,15 @@ from torch import nn
 
 from eff.schemas import Metric, Metrics, TableRow
 from eff_quant_kit.layers import quant_layers
-from eff_quant_kit.packed import sizes
+from eff_quant_kit.packed import size_metrics
 
 
 def describe(model: nn.Module, structure: Mapping[str, Any]) -> Metrics:
     """Return bits, size and the programme's prediction beside the truth; empty for a model without quantizers."""
-    layers = quant_layers(model)
-    if not layers or "bits" not in structure:
+    if not quant_layers(model) or "bits" not in structure:
         return Metrics()
-    counts = {name: layer.layer.weight.numel() for name, layer in layers.items()}  # type: ignore[union-attr,operator]
-    bits = {name: layer.weight_quantizer.bits for name, layer in layers.items() if layer.weight_quantizer is not None}
-    mean_bits = sum(bits[name] * counts[name] for name in bits) / sum(counts.values())
-    values = {
-        "mean_weight_bits": Metric(value=mean_bits, unit="bits", better="lower"),
-        "packed_bytes": Metric(value=sum(sizes(model).values()), unit="B", better="lower"),
-        "ratio_to_float32": Metric(value=mean_bits / 32, better="lower"),
-    }
+    values = size_metrics(model)
+    values["ratio_to_float32"] = Metric(value=values["mean_weight_bits"].value / 32, better="lower")
     if programme := structure.get("programme"):
         values["predicted_loss"] = Metric(value=programme["predicted_loss"], better="lower")
         values["true_loss"] = Metric(value=programme["true_loss"], better="lower")

@@ -48,7 +48,8 @@ def describe(
     layers = dfp_layers(model)
     if not layers or data is None:
         return Metrics()
-    values: dict[str, Metric] = {}
+    bits = next(iter(layers.values())).config.bits
+    values = {"mean_weight_bits": Metric(value=bits, unit="bits", better="lower")}
     for layer in layers.values():
         layer.integers = False
     floats = task_metrics(model, data, run)

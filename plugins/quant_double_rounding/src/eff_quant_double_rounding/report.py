@@ -23,8 +23,11 @@ def describe(
     if not layers:
         return Metrics()
     size = sizes(model)
+    weights = [layer.layer.weight.numel() for layer in layers.values()]  # type: ignore[union-attr,operator]
+    bits = sum(layer.width * count for layer, count in zip(layers.values(), weights, strict=True))
     values = {
         "width": Metric(value=width, unit="bits"),
+        "mean_weight_bits": Metric(value=bits / sum(weights), unit="bits", better="lower"),
         "packed_bytes": Metric(value=sum(size.values()), unit="B", better="lower"),
         "code_bytes": Metric(value=size["code_bytes"], unit="B", better="lower"),
         "nested_layers": Metric(value=100 * sum(layer.nested() for layer in layers.values()) / len(layers), unit="%"),

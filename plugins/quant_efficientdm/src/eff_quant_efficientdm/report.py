@@ -13,7 +13,7 @@ from eff.schemas import Metric, Metrics
 from eff_quant_efficientdm.distill import Distillation, evaluation_path
 from eff_quant_kit.diffusion.frechet import frechet_distance, pca_features
 from eff_quant_kit.diffusion.sampling import path_error, trajectories
-from eff_quant_kit.packed import sizes
+from eff_quant_kit.packed import size_metrics
 
 SAMPLES, ERROR_SAMPLES = 256, 64
 
@@ -52,6 +52,6 @@ def draw(distillation: Distillation, run: Run) -> dict[str, Tensor]:
 
 def describe(model: nn.Module, structure: Mapping[str, Any]) -> Metrics:
     """Return sizes and what was measured when the float model was at hand."""
-    values = {name: Metric(value=float(size), unit="bytes", better="lower") for name, size in sizes(model).items()}
+    values = size_metrics(model)
     values |= {name: Metric(value=value, better="lower") for name, value in structure.get("measured", {}).items()}
     return Metrics(values=values, tables={key: structure.get(key, []) for key in ("errors", "changed")})

@@ -22,7 +22,7 @@ from eff_quant_emq.expressions import RELEASED, Genes, layer_scores
 from eff_quant_emq.inputs import PLUGIN, choose_layers, collect, hand_made
 from eff_quant_emq.report import draw, proxy_rows
 from eff_quant_kit.layers import quant_layers
-from eff_quant_kit.packed import sizes
+from eff_quant_kit.packed import size_metrics
 
 
 class Search:
@@ -88,15 +88,11 @@ class Search:
 
 def describe(model: nn.Module, structure: Mapping[str, Any]) -> Metrics:
     """Return the metrics of a model whose bits have been assigned; empty before."""
-    layers = quant_layers(model)
-    if not layers or "proxies" not in structure:
+    if not quant_layers(model) or "proxies" not in structure:
         return Metrics()
-    weights = sum(layer.layer.weight.numel() for layer in layers.values())  # type: ignore[union-attr,operator,misc]
-    bits = sum(structure["bits"][name] * layer.layer.weight.numel() for name, layer in layers.items())  # type: ignore[union-attr,operator]
     used = structure["proxies"][0]
     values = {
-        "mean_weight_bits": Metric(value=float(bits / weights), unit="bits", better="lower"),
-        "packed_bytes": Metric(value=sum(sizes(model).values()), unit="B", better="lower"),
+        **size_metrics(model),
         "full_evaluations": Metric(value=structure["full_evaluations"]),
     }
     if used.get("rho at 100 %") is not None:

@@ -17,14 +17,14 @@ from eff_quant_gaqat.config import GAQATConfig
 from eff_quant_gaqat.disorder import Tracker
 from eff_quant_gaqat.domains import DomainData
 from eff_quant_kit.layers import quant_layers
-from eff_quant_kit.packed import sizes
+from eff_quant_kit.packed import size_metrics
 
 
 def describe(model: nn.Module, data: Data | None, run: Run, config: GAQATConfig, found: dict[str, Any]) -> Metrics:
     """Return what is reported; empty for a model without quantizers. `found` is `summary` of the training."""
     if not quant_layers(model):
         return Metrics()
-    values = {"packed_bytes": Metric(value=sum(sizes(model).values()), unit="B", better="lower")}
+    values = size_metrics(model)
     tables: dict[str, list[TableRow]] = {}
     if isinstance(data, DomainData):
         rows = domain_accuracy(model, data, run)

@@ -9,7 +9,7 @@ from torch import nn
 
 from eff.schemas import Metric, Metrics
 from eff_quant_kit.layers import quant_layers
-from eff_quant_kit.packed import sizes
+from eff_quant_kit.packed import size_metrics
 
 
 def describe(model: nn.Module, structure: Mapping[str, Any]) -> Metrics:
@@ -17,20 +17,13 @@ def describe(model: nn.Module, structure: Mapping[str, Any]) -> Metrics:
     layers = quant_layers(model)
     if not layers or "layers" not in structure:
         return Metrics()
-    counts = {name: layer.layer.weight.numel() for name, layer in layers.items()}  # type: ignore[union-attr,operator]
-    bits = {
-        name: layer.weight_quantizer.mean_bits for name, layer in layers.items() if layer.weight_quantizer is not None
-    }
     values = {
-        "mean_weight_bits": Metric(
-            value=sum(bits[name] * counts[name] for name in bits) / sum(counts.values()), unit="bits", better="lower"
-        ),
-        "packed_bytes": Metric(value=sum(sizes(model).values()), unit="B", better="lower"),
+        **size_metrics(model),
         "clipped_weights": Metric(value=100 * structure["clipped_share"], unit="%"),
     }
     rows = [dict(row) for row in structure.get("units", ())]
     if rows:
         values["rounding_flips"] = Metric(value=100 * sum(row["flips"] for row in rows) / len(rows), unit="%")
         values["least_decided"] = Metric(value=min(row["decided_before_rounding"] for row in rows))
-    table = [{"layer": name, "mean_bits": bits[name]} for name in bits]
+    table = [{"layer": name, "mean_bits": layer.weight_bits} for name, layer in layers.items()]
     return Metrics(values=values, tables={"units": rows, "bits": table} if rows else {"bits": table})

@@ -31,7 +31,9 @@ def describe(model: nn.Module, data: Data | None, run: Run, config: HAWQV3Config
     counts = {name: model.layer(name).weight.numel() for name in bits}
     operations = {name: model.plan.macs[name] * b * b for name, b in bits.items()}
     values = {
-        "mean_bits": Metric(value=sum(counts[n] * b for n, b in bits.items()) / sum(counts.values()), unit="bits"),
+        "mean_weight_bits": Metric(
+            value=sum(counts[n] * b for n, b in bits.items()) / sum(counts.values()), unit="bits", better="lower"
+        ),
         "weight_bytes": Metric(value=sum(counts[n] * b / 8 for n, b in bits.items()), unit="B", better="lower"),
         "bit_operations": Metric(value=sum(operations.values()) / 1e9, unit="G", better="lower"),
     }

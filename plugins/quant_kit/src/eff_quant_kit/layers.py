@@ -27,6 +27,11 @@ class QuantLayer(nn.Module):
         self.weight_quantizer = weight_quantizer
         self.input_quantizer = input_quantizer
 
+    @property
+    def weight_bits(self) -> float:
+        """Bits per weight: the quantizer's, averaged over channels, or 32."""
+        return 32 if self.weight_quantizer is None else self.weight_quantizer.mean_bits
+
     def weight(self) -> Tensor:
         """Return the weight that the layer computes with."""
         weight: Tensor = self.layer.weight  # type: ignore[assignment]

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from eff.checkpoint import header_metadata
 from eff.exporting import make_header
 from eff.run import Run
+from eff.schemas import Metric
 from eff_kernels.codebook_matmul import pack_codes
 from eff_kernels.packing import pack_bits, unpack_bits
 from eff_quant_kit.codebooks import pack_indices, unpack_indices
-from eff_quant_kit.layers import QuantLayer
+from eff_quant_kit.layers import QuantLayer, quant_layers
 from eff_quant_kit.quantizer import Quantizer, integer_range
 
 ENCODING = "quant-packed"
@@ -245,3 +246,13 @@ def sizes(model: nn.Module) -> dict[str, int]:
         else:
             rest += bytes_
     return {"code_bytes": codes, "scale_bytes": scales, "other_bytes": rest}
+
+
+def size_metrics(model: nn.Module) -> dict[str, Metric]:
+    """Return what every method says of size: bits per weight of the quantized layers (32 in float), bytes of the file."""
+    counts = [(layer.weight_bits, layer.layer.weight.numel()) for layer in quant_layers(model).values()]  # type: ignore[union-attr,operator]
+    values = {"packed_bytes": Metric(value=sum(sizes(model).values()), unit="B", better="lower")}
+    if weights := sum(count for _, count in counts):
+        mean = sum(bits * count for bits, count in counts) / weights
+        values = {"mean_weight_bits": Metric(value=mean, unit="bits", better="lower"), **values}
+    return values

@@ -47,7 +47,7 @@ def describe(model: nn.Module, structure: Mapping[str, Any]) -> Metrics:
         "packed_bytes": Metric(value=size, unit="B", better="lower"),
         "compression": Metric(value=structure["float_bytes"] / size, unit="x", better="higher"),
         "layer_compression": Metric(value=32 * weights / bits, unit="x", better="higher"),
-        "bits_per_weight": Metric(value=bits / weights, unit="bits", better="lower"),
+        "mean_weight_bits": Metric(value=bits / weights, unit="bits", better="lower"),
     }
     return Metrics(values=values, tables={"layers": rows})
 

@@ -19,7 +19,7 @@ from eff.errors import DataError
 from eff.run import Run
 from eff.schemas import Metric, Metrics, TableRow
 from eff_quant_kit.layers import QuantLayer, quant_layers
-from eff_quant_kit.packed import sizes
+from eff_quant_kit.packed import size_metrics
 
 SAMPLES = 64
 
@@ -37,12 +37,9 @@ def diagnose(model: nn.Module, run: Run, lifted: int) -> Metrics:
     inputs = _inputs(model, layers, run, batch)
     ratios = step_ratios(model, layers, lambda: run.task.loss(run.forward(model, batch), batch))
     rows = [_row(name, layer, inputs.get(name), ratios.get(name)) for name, layer in layers.items()]
-    weights = sum(layer.layer.weight.numel() for layer in layers.values())  # type: ignore[union-attr,operator,misc]
-    bits = sum(_bits(layer) * layer.layer.weight.numel() for layer in layers.values())  # type: ignore[union-attr,operator,misc]
     clips = [row["clip_fraction"] for row in rows if isinstance(row["clip_fraction"], float)]
     values = {
-        "mean_weight_bits": Metric(value=bits / weights, unit="bits", better="lower"),
-        "packed_bytes": Metric(value=sum(sizes(model).values()), unit="B", better="lower"),
+        **size_metrics(model),
         "steps_lifted": Metric(value=lifted),
     }
     if clips:
@@ -55,10 +52,6 @@ def _one_batch(run: Run) -> Batch:
         return next(run.batches("train", SAMPLES, SAMPLES))
     except (DataError, StopIteration):
         return next(run.batches("test", SAMPLES, SAMPLES))
-
-
-def _bits(layer: QuantLayer) -> int:
-    return 32 if layer.weight_quantizer is None else layer.weight_quantizer.bits
 
 
 def _inputs(model: nn.Module, layers: dict[str, QuantLayer], run: Run, batch: Batch) -> dict[str, Tensor]:

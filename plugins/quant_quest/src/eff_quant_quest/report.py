@@ -12,7 +12,7 @@ from eff.run import Run
 from eff.schemas import Metric, Metrics
 from eff_quant_kit.diffusion.frechet import frechet_distance, pca_features
 from eff_quant_kit.diffusion.sampling import path_error, trajectories
-from eff_quant_kit.packed import sizes
+from eff_quant_kit.packed import size_metrics
 from eff_quant_quest.calibration import Calibrated, record_path, task_of
 
 SAMPLES = 256
@@ -20,7 +20,7 @@ SAMPLES = 256
 
 def describe(model: nn.Module, structure: Mapping[str, Any]) -> Metrics:
     """Return sizes, and what was measured when the float model was at hand."""
-    values = {name: Metric(value=float(size), unit="bytes", better="lower") for name, size in sizes(model).items()}
+    values = size_metrics(model)
     measured: dict[str, float] = structure.get("measured", {})
     values |= {name: Metric(value=value, better="lower") for name, value in measured.items()}
     return Metrics(values=values, tables={"timesteps": structure.get("errors", [])})

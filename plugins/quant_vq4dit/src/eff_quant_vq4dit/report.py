@@ -92,7 +92,7 @@ def describe(model: nn.Module, structure: Mapping[str, Any], d: int) -> Metrics:
     bits = sum(layer_bits(plan, d) for plan in structure["layers"].values())
     size = sum(sizes(model).values())
     values = {
-        "bits_per_weight": Metric(value=bits / weights, unit="bits", better="lower"),
+        "mean_weight_bits": Metric(value=bits / weights, unit="bits", better="lower"),
         "packed_bytes": Metric(value=size, unit="B", better="lower"),
         "compression": Metric(value=structure["float_bytes"] / size, unit="x", better="higher"),
     }
