@@ -2,7 +2,8 @@
 
     python benchmarks/list_plugins.py [--json]
 
-Makes 90 dummy distributions in a temporary folder on PYTHONPATH; runs take turns; medians.
+Makes 90 dummy distributions in a temporary folder on PYTHONPATH; runs take turns; medians. Both find their modules compiled,
+as after an installation.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as name:
         make_plugins(Path(name))
-        environment = {**os.environ, "PYTHONPATH": name}
+        environment = {**os.environ, "PYTHONPATH": name, "PYTHONPYCACHEPREFIX": str(Path(name, "compiled"))}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
         times: dict[str, list[float]] = {key: [] for key in commands}
         for _ in range(RUNS + 1):
             for key, command in commands.items():

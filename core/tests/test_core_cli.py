@@ -1,16 +1,16 @@
 """The command line: help, exit codes, where output goes, and all faults of a request at once."""
 
+import importlib
 import json
 import subprocess
 import sys
 from typing import Annotated
 
 import pytest
-from typer.main import get_command
 
 from eff import registry
 from eff.cli import main
-from eff.cli.app import app
+from eff.cli.app import MODULES, _name, app
 from eff.errors import ConfigError
 from eff.method import Field, MethodConfig
 from eff.options import check_config, split_assignments
@@ -51,8 +51,27 @@ def test_every_command_has_help_with_an_example(capsys, name):
     assert code == 0 and f"Example: eff {name}" in out
 
 
-def test_no_command_is_missing_from_this_list():
-    assert set(COMMANDS) == set(get_command(app).commands)
+def test_no_command_is_missing_from_this_list_or_the_table_of_modules():
+    assert set(COMMANDS) == set(MODULES)
+    for module in set(MODULES.values()):
+        importlib.import_module(f"eff.cli.{module}")
+    assert sorted(map(_name, app.registered_commands)) == sorted(MODULES)
+
+
+def test_listing_imports_the_module_of_no_other_command():
+    code = "import sys; from eff.cli import main\ntry: main(['list-plugins'])\nexcept SystemExit: pass\nprint([m for m in sys.modules if m in ('eff.cli.runs', 'eff.cli.use', 'rich')], file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+
+
+def test_help_shows_brackets_as_they_are(capsys):
+    code, out, _ = run(capsys, "train", "--help")
+    assert code == 0 and "[required]" in out and "\\[" not in out
+
+
+def test_an_unknown_command_is_refused_once(capsys):
+    code, _, err = run(capsys, "swep")
+    assert code == 2 and err.count("No such command") == 1 and err.count("sweep") <= 1
 
 
 def test_train_apply_evaluate_predict_from_the_shell(capsys, tmp_path, install, method_code):
@@ -79,9 +98,43 @@ def test_dry_run_prints_the_recipe_and_touches_nothing(capsys, tmp_path, install
     monkeypatch.chdir(tmp_path)
     install("quant_made", method_code())
     before = sorted(tmp_path.iterdir())
-    code, out, _ = run(capsys, "apply", "quant_made", "gone.pt", "--lr", 0.5, "--dry-run")
+    code, out, _ = run(capsys, "apply", "quant_made", MODEL, "--lr", 0.5, "--dry-run")
     assert code == 0 and "lr: 0.5" in out and "train with quant_made 0.3" in out
+    code, out, _ = run(capsys, "apply", "quant_made", MODEL, "--lr", 0.5, "--dry-run", "--json")
+    plan = json.loads(out)
+    assert code == 0 and plan["recipe"]["train"]["lr"] == 0.5 and "train with quant_made 0.3" in plan["plan"]
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_faults_of_every_part_of_a_request_are_reported_together(capsys, tmp_path, install, method_code):
+    install("quant_made", method_code())
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "kept.txt").write_text("mine")
+    code, _, err = run(
+        capsys, "apply", "quant_made", "gone.pt", "-o", "strength=12", "--device", "abacus", "--data", "digitz",
+        "--out", tmp_path / "full",
+    )  # fmt: skip
+    assert code == 2 and len(err.splitlines()) == 5
+    for part in (
+        "strength must be",
+        "device 'abacus'",
+        "gone.pt: there is no",
+        "did you mean 'digits'",
+        "is not empty",
+    ):
+        assert part in err
+    code, _, err = run(capsys, "apply", "quant_made", MODEL, "--epochs", -1, "--lr", "inf", "-o", "strength=12")
+    assert code == 2 and "--epochs" in err and "--lr" in err and "strength must be" in err
+
+
+def test_resume_refuses_what_it_would_ignore(capsys, tmp_path):
+    code, _, err = run(capsys, "apply", "--resume", tmp_path, "--lr", 0.1, "--seed", 3, "--json")
+    assert code == 2 and "leave out --lr, --seed" in err
+
+
+def test_a_name_that_is_missing_between_commas_is_refused(capsys):
+    code, _, err = run(capsys, "apply", "quant_lsq,,train_adamp", MODEL)
+    assert code == 2 and "a name is missing between the commas" in err
 
 
 def test_all_wrong_options_are_reported_together_with_suggestions(capsys, install, method_code, tmp_path):

@@ -48,10 +48,25 @@ def test_a_truncated_checkpoint_is_refused(checkpoint, keep):
         read_model_file(checkpoint)
 
 
-def test_text_is_no_model_file(tmp_path):
-    (tmp_path / "model.pt").write_text("hello")
-    with pytest.raises(ModelError, match=r"model\.pt: "):
+@pytest.mark.parametrize("content", [b"hello", b"\x00\x01\x02\x03" * 100])
+def test_what_is_neither_archive_nor_pickle_is_no_model_file_and_no_matter_of_trust(tmp_path, content):
+    (tmp_path / "model.pt").write_bytes(content)
+    with pytest.raises(ModelError, match=r"model\.pt: is no model file") as caught:
         read_model_file(tmp_path / "model.pt")
+    assert "trust" not in str(caught.value)
+
+
+def test_an_onnx_file_is_named_for_what_it_is(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"\x08\x0a")
+    with pytest.raises(ModelError, match="ONNX is for onnxruntime; name the model.pt"):
+        read_model_file(tmp_path / "model.onnx")
+
+
+def test_another_architecture_than_the_file_names_is_refused(checkpoint, tmp_path):
+    recipe = Recipe(model=str(checkpoint), arch="zoo:digits_cnn", data=DATA, device="cpu")
+    with pytest.raises(ModelError, match=f"the file says itself that it is {MODEL}; leave out --arch zoo:digits_cnn"):
+        apply(recipe, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
 
 
 def test_a_pickled_module_is_refused_and_the_message_says_why(tmp_path):

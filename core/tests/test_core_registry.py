@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from eff.errors import EffError, PluginError
-from eff.registry import CONTRACT, discover, find, load_method
+from eff.registry import CONTRACT, discover, find, forget_discovered, load_method
 
 
 def row(name):
@@ -25,6 +25,32 @@ def test_listing_imports_neither_torch_nor_pydantic_nor_a_plugin():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "[]"
     json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("range_", [">=0.1,<1", ">=0.1, <0.2", "(<1,>=0.1)", "~=0.1", ""])
+def test_a_range_that_this_core_is_in_fits_however_it_is_written(install, method_code, range_):
+    install("quant_made", method_code(), requires=(f"eff-core{range_}", "torch"))
+    assert row("quant_made").status == "ok"
+
+
+@pytest.mark.parametrize("range_", [">=0.2,<1", ">=0.0.1,<0.1", "==0.0.9"])
+def test_a_range_that_this_core_is_outside_of_is_named(install, method_code, range_):
+    install("quant_made", method_code(), requires=(f"eff-core{range_}",))
+    assert row("quant_made").status == "broken" and "this is 0.1.0; update" in row("quant_made").reason
+
+
+def test_of_two_installations_of_a_distribution_the_first_on_the_path_counts(
+    install, method_code, tmp_path, monkeypatch
+):
+    install("quant_made", method_code())
+    older = tmp_path / "older" / "Dummy.Quant_Made-0.1.dist-info"
+    older.mkdir(parents=True)
+    (older / "METADATA").write_text("Name: Dummy.Quant_Made\nVersion: 0.1\n\nKeywords: eff-api-9\n")
+    (older / "entry_points.txt").write_text("[eff.plugins]\nquant_made = old:Made\n")
+    monkeypatch.syspath_prepend(str(older.parent))
+    sys.path.append(sys.path.pop(0))
+    forget_discovered()
+    assert (row("quant_made").version, row("quant_made").status) == ("0.3", "ok")
 
 
 def test_an_unknown_plugin_gets_near_matches(install, method_code):

@@ -54,7 +54,9 @@ def test_a_recipe_repeats_its_run(recipe, tmp_path, weights, same):
 
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_state(recipe, tmp_path):
     wild = recipe.model_copy(update={"train": TrainOptions(epochs=3, batch_size=64, lr=1e30)})
-    with pytest.raises(NonFiniteLossError, match=r"the loss is .* at step \d+ of 12; try a smaller --lr") as caught:
+    with pytest.raises(
+        NonFiniteLossError, match=r"the loss is .* at step \d+ of 12; start again with a smaller --lr"
+    ) as caught:
         apply(wild, tmp_path / "run")
     assert caught.value.exit_code == 1
     state = torch.load(tmp_path / "run" / "resume.pt", weights_only=True)

@@ -162,7 +162,7 @@ def test_two_devices_train_the_model_of_one(recipe, tmp_path, weights):
 
 def test_an_error_in_one_of_two_processes_is_reported_as_with_one(recipe, tmp_path):
     wild = recipe.model_copy(update={"devices": 2, "train": TrainOptions(epochs=3, batch_size=64, lr=1e30)})
-    with pytest.raises(Exception, match=r"the loss is .* at step \d+ of 12; try a smaller --lr") as caught:
+    with pytest.raises(Exception, match=r"the loss is .* at step \d+ of 12; start again with a smaller --lr") as caught:
         apply(wild, tmp_path / "run")
     assert type(caught.value).__name__ == "NonFiniteLossError"
     assert not multiprocessing.active_children()

@@ -59,7 +59,7 @@ def test_an_unknown_source_gets_a_suggestion_and_the_list():
     with pytest.raises(DataError) as error:
         load_data("digit")
     assert str(error.value) == (
-        "data 'digit': there is no source, file or folder 'digit'; did you mean 'digits'?; sources are csv, digits, folder, "
+        "data 'digit': there is no source, file or folder 'digit'; did you mean 'digits'; sources are csv, digits, folder, "
         "hf, npz, parquet and package.module:function"
     )
 
@@ -238,6 +238,17 @@ def test_a_size_that_the_model_does_not_take_is_refused():
 def test_another_task_than_classification_is_refused():
     with pytest.raises(DataError, match="the model's task is restoration, not classification"):
         load_data("digits", TaskSpec(name="restoration"))
+
+
+def test_data_that_fits_a_model_by_its_shape_alone_says_so(tmp_path):
+    images, labels = np.zeros((4, 2, 2, 3), np.uint8), np.array([1, 0, 1, 0])
+    path = save_arrays(tmp_path / "a.npz", images, labels, classes=np.array(["dog", "cat"]))
+    grey = TaskSpec(options={"classes": ["0", "1"], "input_shape": [1, 2, 2]})
+    assert load_data(f"npz:{path}?train=0", grey).notes == (
+        "none of its classes (dog, cat) is one of the model's (0, 1); they are taken for the model's outputs in this order",
+        "its colour images are made grey for the model",
+    )
+    assert load_data(f"npz:{path}?train=0", TaskSpec(options={"classes": ["cat", "dog"]})).notes == ()
 
 
 def test_classes_that_the_model_knows_get_its_indices(tmp_path):

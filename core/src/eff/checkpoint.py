@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -93,6 +94,8 @@ def check_model_file(path: Path) -> None:
         raise ModelError(f"{path}: there is no such file; name a model file, or a source such as zoo:digits_cnn")
     if path.is_dir():
         raise ModelError(f"{path}: is a folder without model.pt; name a model file or the folder of a finished run")
+    if path.suffix == ".onnx":
+        raise ModelError(f"{path}: ONNX is for onnxruntime; name the model.pt or packed file that it was made from")
     size = path.stat().st_size
     if size == 0:
         raise ModelError(f"{path}: the file is empty; write it again")
@@ -111,8 +114,14 @@ def check_model_file(path: Path) -> None:
 
 
 def _torch_load(path: Path, trust_pickle: bool) -> Any:
+    with open(path, "rb") as file:
+        start = file.read(2)
+    if start != b"PK" and start[:1] != b"\x80":  # neither an archive nor a pickle, so not torch.save's
+        raise ModelError(f"{path}: is no model file; name what eff, torch.save or safetensors wrote")
     try:
-        return torch.load(path, map_location="cpu", weights_only=not trust_pickle)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles in other protocols; the error says it
+            return torch.load(path, map_location="cpu", weights_only=not trust_pickle)
     except pickle.UnpicklingError as error:
         if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise ModelError(
@@ -125,7 +134,7 @@ def _torch_load(path: Path, trust_pickle: bool) -> Any:
             f"{path}: holds pickled objects or is damaged, so it was not loaded; save model.state_dict() instead, or {_TRUST}"
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, ImportError, TypeError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = "it is truncated, damaged or not torch.save's"
         if "TorchScript" in str(error):
             reason = "it is a TorchScript archive; save model.state_dict() instead"
         raise ModelError(f"{path}: not a readable model file: {reason}") from error

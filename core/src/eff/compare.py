@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eff.errors import EffError, RequestError, RunError
+from eff.errors import EffError, InterruptedRunError, RequestError, RunError
 from eff.files import check_output_folder, write_text
 from eff.log import Log
 from eff.options import read_value
@@ -87,6 +87,8 @@ def compare(
         folder = out / text.replace(":", "-").replace("=", "_")
         try:
             report = apply(one, folder, force=force, log=log)
+        except InterruptedRunError:  # the user's wish is for all of it
+            raise
         except EffError as error:
             log.warn(f"{text}: {error}")
             rows.append(ComparisonRow(setting=text, error=str(error)))

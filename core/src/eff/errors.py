@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 
 class EffError(Exception):
@@ -74,6 +75,19 @@ def raise_problems(problems: Sequence[RequestError]) -> None:
         raise problems[0]
     if problems:
         raise Problems(problems)
+
+
+def check_all(*checks: Callable[[], Any]) -> list[Any]:
+    """Return what the checks return; the faults of all of them are raised together."""
+    results: list[Any] = []
+    problems: list[RequestError] = []
+    for check in checks:
+        try:
+            results.append(check())
+        except RequestError as error:
+            problems += getattr(error, "problems", (error,))
+    raise_problems(problems)
+    return results
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -121,6 +121,8 @@ def open_model(request: ModelRequest, plugins: Plugins, log: Log | None = None) 
     if file and file.module is None:
         model = restore(model, applied, run, file, spec, plugins)
     if data is not None:
+        for note in data.notes:
+            run.log.warn(f"data '{data.spec}': {note}")
         task.check_fit(model, data)
     size = path.stat().st_size if path else None
     return OpenModel(model, spec, task, data, header, tuple(applied), size)
@@ -151,6 +153,10 @@ def _spec_of(request: ModelRequest, file: ModelFile | None) -> ModelSpec:
     if file is None:
         return parse_source(request.model)
     if file.header:
+        if request.arch not in (None, file.header.model.source):
+            raise ModelError(
+                f"{file.path}: the file says itself that it is {file.header.model.source}; leave out --arch {request.arch}"
+            )
         return file.header.model
     if file.module is not None:
         return ModelSpec(source=f"pickle:{file.path.resolve()}")

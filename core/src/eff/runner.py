@@ -18,8 +18,9 @@ from torch import nn
 
 import eff
 from eff import distributed
-from eff.checkpoint import save_checkpoint
-from eff.errors import DataError, PluginError, RequestError, did_you_mean, raise_problems
+from eff.checkpoint import check_model_file, save_checkpoint
+from eff.data.loading import check_source
+from eff.errors import DataError, PluginError, RequestError, check_all, did_you_mean, raise_problems
 from eff.exporting import export, file_name, make_header
 from eff.files import (
     IN_PROGRESS,
@@ -40,6 +41,7 @@ from eff.run import Run
 from eff.schemas import (
     CORE_TRAINING,
     Artifact,
+    DataSpec,
     Measurement,
     MethodUse,
     Recipe,
@@ -99,23 +101,19 @@ class Plan:
 
 
 def make_plan(recipe: Recipe, log: Log | None = None) -> Plan:
-    """Check a recipe and resolve what it leaves open; reads no model, writes nothing.
+    """Check a recipe and resolve what it leaves open; reads no weights, writes nothing.
 
     Raises:
         RequestError: one fault. Problems: all faults that can be seen at once.
     """
+    path = file_of(recipe.model)
+    chosen, device, *_ = check_all(
+        lambda: choose(recipe.methods),
+        lambda: resolve_device(recipe.device, recipe.devices),
+        lambda: check_model_file(path) if path is not None else None,
+        lambda: check_source(DataSpec.parse(recipe.data), Plugins().added("data_sources")) if recipe.data else None,
+    )
     problems: list[RequestError] = []
-    chosen: list[Chosen] = []
-    try:
-        chosen = choose(recipe.methods)
-    except RequestError as error:
-        problems += getattr(error, "problems", (error,))
-    device = torch.device("cpu")
-    try:
-        device = resolve_device(recipe.device, recipe.devices)
-    except RequestError as error:
-        problems.append(error)
-    raise_problems(problems)
     plugins = Plugins(chosen)
     for warning in plugins.broken:
         (log or Log()).warn(warning)
@@ -232,9 +230,10 @@ def apply(recipe: Recipe, out: Path, *, force: bool = False, log: Log | None = N
         RunError: the work failed; what is resumable stays in `out`.
     """
     log = log or Log()
-    if distributed.is_first():
-        check_output_folder(out, force)
-    plan = make_plan(recipe, log)
+    plan, _ = check_all(
+        lambda: make_plan(recipe, log),
+        lambda: check_output_folder(out, force) if distributed.is_first() else None,
+    )
     if recipe.devices > distributed.processes():
         return distributed.launch(recipe, out, force, False, log)
     return _Execution(plan, out, log).run_all(None)

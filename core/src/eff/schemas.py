@@ -93,7 +93,7 @@ class TrainOptions(Schema):
     epochs: int | None = Field(None, ge=0, description="Passes over the training data; 0 trains nothing.")
     batch_size: int | None = Field(None, ge=1, description="Samples per batch, over all devices together.")
     accumulate: int | None = Field(None, ge=1, description="Batches whose gradients are averaged into one step.")
-    lr: float | None = Field(None, ge=0, description="Initial learning rate.")
+    lr: float | None = Field(None, ge=0, allow_inf_nan=False, description="Initial learning rate.")
     optimizer: str | None = Field(None, description="sgd, adam, adamw, or one an extension adds.")
     optimizer_options: dict[str, JsonValue] | None = Field(
         None, description="Further arguments of the optimizer's constructor, e.g. betas."

@@ -113,16 +113,17 @@ class Plugins:
             ]
             if len(providers) > 1:
                 problems.append(PluginError(f"{' and '.join(sorted(providers))} both provide {hook}; use one of them"))
-        problems += _taken_twice([(item.name, item.method.card.formats) for item in self.chosen], "export format")
         problems += _taken_twice([(name, extension.schemes) for name, extension in self.extensions], "model source")
-        for item in chosen:
+        conflicts: dict[frozenset[str], RequestError] = {}
+        for item in chosen[::-1]:
             for other in names:
-                if other != item.name and any(_matches(other, rule) for rule in item.method.card.conflicts_with):
-                    problems.append(
-                        PluginError(
-                            f"{item.name} and {other} cannot be used in one run: {item.name} conflicts with {other}"
-                        )
+                pair = frozenset((item.name, other))
+                if len(pair) == 2 and any(_matches(other, rule) for rule in item.method.card.conflicts_with):
+                    conflicts[pair] = PluginError(
+                        f"{item.name} and {other} cannot be used in one run: {item.name} conflicts with {other}"
                     )
+        formats = [(item.name, item.method.card.formats) for item in self.chosen]
+        problems += conflicts.values() or _taken_twice(formats, "export format")  # a conflict says it already
         raise_problems(problems)
 
     def added(self, kind: str) -> dict[str, str]:

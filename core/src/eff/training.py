@@ -264,7 +264,7 @@ class Training:
             if not math.isfinite(loss):
                 kept = f"; {self.run.folder / STATE_FILE} keeps the last good state" if self.run.folder else ""
                 raise NonFiniteLossError(
-                    f"the loss is {loss} at step {self.done} of {self.total}; try a smaller --lr{kept}"
+                    f"the loss is {loss} at step {self.done} of {self.total}; start again with a smaller --lr{kept}"
                 )
             self.epoch_loss += loss
             if position + 1 == self.steps_per_epoch:

@@ -23,9 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for line in str(error).splitlines():
             print(f"eff: {line}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("eff: interrupted", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as done:
+        if done.code == 130:  # typer's answer to Ctrl-C, which says nothing
+            print("eff: interrupted", file=sys.stderr)
+        raise
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)

@@ -36,7 +36,7 @@ def list_plugins(
 
         typer.echo(json.dumps([row.as_dict() for row in rows], indent=2))
         return
-    from eff.cli.show import print_table
+    from eff.cli.show import print_columns
 
     if not rows:
         typer.echo(
@@ -44,8 +44,8 @@ def list_plugins(
         )
         return
     kinds = {METHODS: "", EXTENSIONS: "extension"}
-    print_table(
-        "", ["name", "family", "version", "status", "summary"],
+    print_columns(
+        ["name", "family", "version", "status", "summary"],
         [[row.name, kinds[row.group] or row.family, row.version, row.status, row.reason or row.summary] for row in rows],
     )  # fmt: skip
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from click.core import ParameterSource
 
 from eff.cli.app import app
 
@@ -46,7 +48,8 @@ def changed_recipe(recipe: Recipe, train: dict[str, Any], **changes: Any) -> Rec
     """Return the recipe with what the command line sets put over it; all faults are reported together."""
     from pydantic import ValidationError
 
-    from eff.errors import ConfigError, RequestError, raise_problems
+    from eff.errors import ConfigError, RequestError, check_all, raise_problems
+    from eff.runner import make_plan
     from eff.schemas import Recipe as RecipeSchema
 
     content = recipe.model_dump(mode="json", exclude_unset=True)
@@ -61,7 +64,10 @@ def changed_recipe(recipe: Recipe, train: dict[str, Any], **changes: Any) -> Rec
             )
             for fault in error.errors()
         ]
-        raise_problems(faults)
+        wrong = {str(fault["loc"][-1]) for fault in error.errors()}
+        content["train"] = {key: value for key, value in content["train"].items() if key not in wrong}
+        rest = {key: value for key, value in content.items() if key not in wrong}
+        check_all(lambda: raise_problems(faults), lambda: make_plan(RecipeSchema.model_validate(rest)))
         raise
 
 
@@ -84,6 +90,7 @@ def train_options(
 
 @app.command()
 def apply(
+    context: typer.Context,
     methods: Annotated[
         str | None, typer.Argument(metavar="METHOD[,METHOD...]", help="Methods in the order they are applied.")
     ] = None,
@@ -130,8 +137,8 @@ def apply(
     from eff.schemas import Recipe
 
     if resume is not None:
-        if methods or model or recipe or option:
-            raise RequestError("--resume takes everything from the run folder; give it alone")
+        if given := _given_besides(context, "resume", "as_json"):
+            raise RequestError(f"--resume takes everything from the run folder; leave out {', '.join(given)}")
         _run_and_print(lambda log: (runner.resume(resume, log=log), resume), as_json)
         return
     base = runner.read_recipe(recipe) if recipe else None
@@ -142,13 +149,15 @@ def apply(
         base = Recipe(model=model)
     content: dict[str, Any] = {}
     if methods is not None:
-        names = [name for name in methods.split(",") if name]
+        names = methods.split(",")
+        if not all(names):
+            raise RequestError(f"'{methods}': a name is missing between the commas; write e.g. quant_lsq,train_adamp")
         content["methods"] = [{"name": name} for name in names]
     names = [use["name"] for use in content.get("methods", [use.model_dump() for use in base.methods])]
     if option:
-        given = split_assignments(option, names)
+        assigned = split_assignments(option, names)
         known = {use.name: use.options for use in base.methods}
-        content["methods"] = [{"name": name, "options": {**known.get(name, {}), **given[name]}} for name in names]
+        content["methods"] = [{"name": name, "options": {**known.get(name, {}), **assigned[name]}} for name in names]
     full = changed_recipe(
         base, train_options(epochs, batch_size, lr, optimizer, optimizer_option, accumulate),
         model=model, data=data, arch=arch, device=device, devices=devices, precision=precision, seed=seed,
@@ -160,12 +169,26 @@ def apply(
     if dry_run:
         plan = runner.make_plan(full)
         shown = full.model_copy(update={"train": plan.train})
+        if as_json:
+            steps = {"recipe": shown.model_dump(mode="json"), "plan": plan.steps(), "out": str(folder)}
+            typer.echo(json.dumps(steps, indent=2))
+            return
         typer.echo(runner.recipe_text(shown) + "# plan")
         for number, line in enumerate(plan.steps(), 1):
             typer.echo(f"#  {number}. {line}")
         typer.echo(f"# results go to {folder}")
         return
     _run_and_print(lambda log: (runner.apply(full, folder, force=force, log=log), folder), as_json)
+
+
+def _given_besides(context: typer.Context, *names: str) -> list[str]:
+    """Return what the command line gives besides the parameters of these names, as the user writes it."""
+    return [
+        parameter.opts[-1] if parameter.opts[0].startswith("-") else str(parameter.human_readable_name)
+        for parameter in context.command.params
+        if parameter.name not in (None, *names)
+        and context.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
+    ]
 
 
 def _run_and_print(work: Any, as_json: bool) -> None:
@@ -232,6 +255,7 @@ def compare(
     ] = None,
     out: Out = None,
     force: Force = False,
+    trust_pickle: TrustPickle = False,
     as_json: AsJson = False,
 ) -> None:
     """Put one model through several methods or settings; a table and a plot of quality against size.
@@ -250,7 +274,7 @@ def compare(
         raise RequestError("name at least one method and the model, e.g. eff compare quant_lsq model.pt")
     recipe = changed_recipe(
         Recipe(model=model), {"epochs": epochs, "batch_size": batch_size, "lr": lr},
-        data=data, arch=arch, device=device, seed=seed, export=export,
+        data=data, arch=arch, device=device, seed=seed, export=export, trust_pickle=trust_pickle or None,
     )  # fmt: skip
     folder = out or Path("comparison")
     result = run_comparison(methods, recipe, folder, force=force, log=TerminalLog(quiet=as_json))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -27,24 +29,45 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
+def print_columns(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table of plain text whose last column takes the rest of the line; without rich, which `list-plugins` would
+    mostly wait for."""
+    lines = [columns, *rows]
+    widths = [max(len(line[index]) for line in lines) for index in range(len(columns) - 1)]
+    room = max(20, (_width() or shutil.get_terminal_size().columns) - sum(widths) - 2 * len(widths) - 1)
+    for line in lines:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=False)]
+        first, *more = textwrap.wrap(line[-1], room) or [""]
+        typer.echo((" " + "  ".join([*cells, first])).rstrip())
+        for rest in more:
+            typer.echo(" " * (sum(widths) + 2 * len(widths) + 1) + rest)
+        if line is columns:
+            typer.echo(" " + "─" * (sum(widths) + 2 * len(widths) + min(room, max(len(row[-1]) for row in lines))))
+
+
+def _width() -> int | None:
+    """Return the width where it is not the terminal's: into a pipe or a file 80 columns would break names in two."""
+    return None if sys.stdout.isatty() or "COLUMNS" in os.environ else _WIDTH
+
+
 def print_table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[int] = ()
 ) -> None:
-    """Print a table; columns whose index is in `right` are right-aligned."""
+    """Print a table; columns whose index is in `right` are right-aligned. Headings break at words, names nowhere else."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    if title:
+        typer.echo(title)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(columns):
         # As Text: rich looks for emoji in plain strings, and their table takes a tenth of `list-plugins` to import.
-        table.add_column(Text(name), justify="right" if index in right else "left", overflow="fold")
+        table.add_column(Text(name.replace("_", " ")), justify="right" if index in right else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
-    # Into a pipe or a file rich assumes 80 columns, which breaks names in two.
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _WIDTH
-    Console(width=width).print(table)
+    Console(width=_width()).print(table)
 
 
 def size_text(count: int | None) -> str:

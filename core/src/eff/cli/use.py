@@ -145,6 +145,7 @@ def export(
 def bench(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Model files, run folders or sources.")],
     data: Data = None,
+    arch: Arch = None,
     batch_size: BatchSize = None,
     device: Device = None,
     seconds: Annotated[float, typer.Option("--seconds", help="Time for each measurement.")] = 1.0,
@@ -161,7 +162,7 @@ def bench(
     from eff.use import bench as bench_models
 
     requests = [
-        UseRequest(model, None, data, device or "auto", batch_size, trust_pickle=trust_pickle) for model in models
+        UseRequest(model, arch, data, device or "auto", batch_size, trust_pickle=trust_pickle) for model in models
     ]
     rows = bench_models(requests, seconds, TerminalLog(quiet=as_json))
     if as_json:

@@ -44,6 +44,8 @@ class Data:
     task: TaskSpec
     train: Split | None = None
     test: Split | None = None
+    notes: tuple[str, ...] = ()
+    """What a user should know of how the samples were made to fit the model, to warn of."""
 
     def split(self, name: str) -> Split:
         """Return "train" or "test".

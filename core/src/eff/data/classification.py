@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -55,7 +55,24 @@ def make_data(spec: DataSpec, options: ImageOptions, task: TaskSpec | None, foun
         name="classification",
         options={"input_shape": list(shape), "classes": list(found.classes), "mean": list(mean), "std": list(std)},
     )
-    return Data(spec=spec, task=result, train=train_split, test=test_split)
+    return Data(spec, result, train_split, test_split, tuple(_notes(wanted, found.classes, native, shape)))
+
+
+def _notes(wanted: Mapping[str, object], classes: Sequence[str], native: Shape, shape: Shape) -> Iterator[str]:
+    """Yield what fits by its shape alone and may be other data than the model was made for."""
+    known = wanted.get("classes")
+    if isinstance(known, (list, tuple)) and not set(map(str, known)) & set(classes):
+        yield (
+            f"none of its classes ({_some(classes)}) is one of the model's ({_some(known)}); "
+            "they are taken for the model's outputs in this order"
+        )
+    if "input_shape" in wanted and native[0] != shape[0]:
+        kinds = {1: "grey", 3: "colour"}
+        yield f"its {kinds.get(native[0], native[0])} images are made {kinds.get(shape[0], shape[0])} for the model"
+
+
+def _some(names: Sequence[object]) -> str:
+    return ", ".join(map(str, names[:3])) + (", ..." if len(names) > 3 else "")
 
 
 def _shape_from(value: object) -> Shape | None:

@@ -47,14 +47,24 @@ def load(spec: DataSpec, task: TaskSpec | None, sources: Mapping[str, str]) -> D
     return source(spec, task) if spec.scheme in BUILT_IN else _call(source, spec, task)
 
 
-def _user_function(spec: DataSpec, sources: Mapping[str, str]) -> Source:
-    """Return the function that `package.module:function` names."""
+def check_source(spec: DataSpec, sources: Mapping[str, str]) -> None:
+    """Raise where no source can be meant; loads nothing.
+
+    Raises:
+        DataError: neither a source nor a module.
+    """
     known = sorted({*BUILT_IN, *sources})
-    if not spec.location or not _is_module(spec):
+    if spec.scheme not in known and not (spec.location and _is_module(spec)):
+        hint = did_you_mean(spec.scheme, known).rstrip("?")
         raise DataError(
-            f"data '{spec}': there is no source, file or folder '{spec.scheme}'{did_you_mean(spec.scheme, known)}; "
+            f"data '{spec}': there is no source, file or folder '{spec.scheme}'{hint}; "
             f"sources are {', '.join(known)} and package.module:function"
         )
+
+
+def _user_function(spec: DataSpec, sources: Mapping[str, str]) -> Source:
+    """Return the function that `package.module:function` names."""
+    check_source(spec, sources)
     try:
         function = getattr(importlib.import_module(spec.scheme), spec.location)
     except AttributeError as error:
