@@ -1,25 +1,31 @@
 """Post-training quantization on real models: accuracy by method and bits, calibrated on the same samples.
 
-    python benchmarks/post_training.py SHARED photos [--only adaquant] [--iters 100]
-    python benchmarks/post_training.py SHARED cifar
+    python benchmarks/post_training.py SHARED photos [--only W8A8] [--iters 20]
+    python benchmarks/post_training.py SHARED cifar [--iters 100]
 
 photos: EfficientNet-Lite0 on one photo of each ImageNet class, 256 to calibrate on and the rest to test. cifar: ResNet-20.
-SHARED is the folder with `data/` and `models/`. Prints one JSON line per setting: accuracy in %, bytes of the packed file,
-seconds of the whole run, peak memory of the process so far.
+SHARED is the folder with `data/` and `models/`. Prints one JSON line per setting (accuracy in %, bytes of the packed file,
+seconds of the calibration, in all and per layer, peak memory of the process so far) and puts them, by setting, into
+benchmarks/results/post-training-WHAT.json with date and machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import resource
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from eff.log import TerminalLog
 from eff.runner import apply
-from eff.schemas import MethodUse, Recipe, TrainOptions
+from eff.schemas import MethodUse, Recipe, Report, TrainOptions
+from eff_kernels.bench import device_name
 
 BITS = ((8, 8), (4, 8), (4, 4))
 
@@ -31,32 +37,43 @@ def settings(iters: int, samples: int) -> list[tuple[str, str, dict[str, Any], b
         name = f"W{weight_bits}A{act_bits}"
         ada = {"bits": [weight_bits], "act_bits": act_bits, "calib_size": samples, "iters": iters, "batch": 16}
         plain = ada | {"norm_tuning": False, "bias_tuning": False}
+        grad = {
+            "bits": weight_bits, "act_bits": act_bits, "calib_size": samples, "iters": iters, "act_iters": iters, "batch": 16,
+            "lr": 1e-2,
+        }  # fmt: skip
         found += [
             (f"{name} min-max, nearest", "quant_adaquant", plain, False),
+            (f"{name} searched scales, nearest", "quant_gradptq", grad, False),
             (f"{name} adaquant light", "quant_adaquant", ada | {"pipeline": "light"}, False),
             (f"{name} adaquant", "quant_adaquant", ada | {"relative_lr": True, "lr_qx": 1e-3}, True),
+            (f"{name} adaround", "quant_gradptq", grad | {"preset": "base"}, True),
+            (f"{name} gradptq", "quant_gradptq", grad, True),
         ]
+        if weight_bits < 8:
+            found.append((f"{name} gradptq, bits by importance", "quant_gradptq", grad | {"mixed": "layer"}, True))
     return found
 
 
 def main() -> None:
-    """Parse, run, print."""
+    """Parse, run, print, record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shared", type=Path)
     parser.add_argument("what", choices=["cifar", "photos"])
     parser.add_argument("--only", default="", help="settings whose name holds this")
     parser.add_argument("--iters", type=int, default=100, help="steps per layer")
     parser.add_argument("--samples", type=int, default=256, help="samples to calibrate on")
+    parser.add_argument("--test", type=int, default=0, help="samples to test on; 0: all others")
     arguments = parser.parse_args()
     shared = arguments.shared
+    subset = f"train={arguments.samples}&seed=0" + (f"&test={arguments.test}" if arguments.test else "")
     if arguments.what == "photos":
         model: dict[str, Any] = {
             "model": "zoo:efficientnet_lite0?pretrained=true",
-            "data": f"folder:{shared / 'data' / 'imagenet1k_samples'}?train={arguments.samples}&seed=0",
+            "data": f"folder:{shared / 'data' / 'imagenet1k_samples'}?{subset}",
         }
     else:
         (weights,) = (shared / "models").glob("resnet20-*.th")
-        data = f"parquet:{shared / 'data' / 'cifar10'}?train={arguments.samples}&seed=0"
+        data = f"parquet:{shared / 'data' / 'cifar10'}?{subset}"
         model = {"model": str(weights), "arch": "zoo:cifar_resnet20", "data": data}
     for name, method, options, trains in settings(arguments.iters, arguments.samples):
         if arguments.only not in name:
@@ -67,18 +84,60 @@ def main() -> None:
             train=TrainOptions(epochs=None if trains else 0),
             export=("packed",),
         )
+        log = Stopwatch()
         with tempfile.TemporaryDirectory() as folder:
-            report = apply(recipe, Path(folder, "run"), log=TerminalLog())
-        assert report.before is not None and report.after is not None
-        row = {
-            "setting": name,
-            "before": report.before.metrics.values["accuracy"].value,
-            "after": report.after.metrics.values["accuracy"].value,
-            "packed_bytes": next(item.bytes for item in report.artifacts if item.format == "packed"),
-            "seconds": round(report.seconds),
-            "peak_MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-        }
-        print(json.dumps(row), flush=True)
+            report = apply(recipe, Path(folder, "run"), log=log)
+        row = summary(report, log.calibration, arguments)
+        print(json.dumps({"setting": name, **row}), flush=True)
+        record(arguments.what, name, row)
+
+
+class Stopwatch(TerminalLog):
+    """Takes the time from the first change of the model to the first export."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started = self.calibration = 0.0
+
+    def info(self, message: str) -> None:
+        """Note the time of the two lines that a run says around its calibration."""
+        if message.startswith("apply "):
+            self.started = time.monotonic()
+        elif message.startswith("export ") and not self.calibration:
+            self.calibration = time.monotonic() - self.started
+        super().info(message)
+
+
+def summary(report: Report, seconds: float, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what is kept of a run."""
+    assert report.before is not None and report.after is not None
+    packed = next(item for item in report.artifacts if item.format == "packed")
+    layers = packed.details["layers"]
+    assert isinstance(layers, int)
+    return {
+        "before": round(report.before.metrics.values["accuracy"].value, 2),
+        "after": round(report.after.metrics.values["accuracy"].value, 2),
+        "packed_bytes": packed.bytes,
+        "float_bytes": report.before.bytes,
+        "seconds": round(seconds, 1),
+        "seconds_per_layer": round(seconds / layers, 2),
+        "peak_MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "iters": arguments.iters,
+        "samples": arguments.samples,
+        "data": report.data and report.data.rpartition("?")[2],
+        "device": device_name(torch.device("cpu")),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def record(what: str, name: str, row: dict[str, Any]) -> None:
+    """Put a row into the results beside this script; those of other settings stay."""
+    file = Path(__file__).parent / "results" / f"post-training-{what}.json"
+    rows = json.loads(file.read_text()) if file.exists() else {}
+    rows[name] = row
+    file.write_text(json.dumps(dict(sorted(rows.items())), indent=1) + "\n")
 
 
 if __name__ == "__main__":

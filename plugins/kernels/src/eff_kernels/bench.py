@@ -143,6 +143,23 @@ def _explain(chosen: Sequence[str], device: torch.device) -> None:
             typer.echo(f"{op}, {case.name}: {case.choice.path} ({case.choice.reason})")
 
 
+def device_name(device: torch.device) -> str:
+    """Return the model of the GPU or, where the system says it, of the CPU."""
+    import platform
+
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:  # platform.processor() is empty on many Linux systems
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
 @dataclass
 class Limits:
     """What the device can do at most, measured."""
@@ -189,13 +206,11 @@ class Limits:
     def as_json(self) -> dict[str, Any]:
         """Return what is measured, with device, date and versions."""
         import datetime
-        import platform
 
         import torch
 
-        cuda = self.device.type == "cuda"
         return {
-            "device": torch.cuda.get_device_name(self.device) if cuda else platform.processor() or platform.machine(),
+            "device": device_name(self.device),
             "threads": torch.get_num_threads(),
             "date": datetime.date.today().isoformat(),
             "torch": torch.__version__,
