@@ -1,5 +1,7 @@
 """quant_double_rounding: integers, gradients against autograd, switching, ALRS, the supernet, run-time bits, bad input."""
 
+import json
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -192,6 +194,19 @@ def test_the_supernet_draws_widths_and_the_search_meets_its_mean(run):
     ) == len(nets)
     switch(model, method.structure, {"3": 8, "6": 2})
     assert (model[4].active, model[7].active) == ("8_8", "8_2")
+
+
+def test_a_sensitivity_file_stands_for_the_measured_traces(run, tmp_path):
+    layers = [{"layer": n, "parameters": 1, "values": {}, "hessian_trace": t} for n, t in (("3", 2.0), ("6", -1.0))]
+    file = tmp_path / "s.json"
+    file.write_text(json.dumps({"model": "m", "data": "d", "samples": 1, "bits": [8], "layers": layers}))
+    model, method = changed(run, mixed=True, target_avg_bits=5, sensitivity=file)
+    count = dict(model.named_modules())["3"].layer.weight.numel()
+    assert method.structure["traces"] == {"3": 2.0 * count, "6": 0.0}
+    layers[0]["hessian_trace"] = None
+    file.write_text(json.dumps({"model": "m", "data": "d", "samples": 1, "bits": [8], "layers": layers}))
+    with pytest.raises(RequestError, match="the sensitivity file has no Hessian traces; run eff sensitivity --metric"):
+        changed(run, mixed=True, target_avg_bits=5, sensitivity=file)
 
 
 def test_a_stored_model_switches_at_run_time_and_the_file_has_one_byte_a_weight(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -256,6 +258,22 @@ def test_greedy_bits_are_close_to_the_exact_programme_and_within_the_budget(seed
     cost = sum(gains[row, candidates.index(bits)] for row, bits in enumerate(chosen))
     assert exact.cost <= cost * (1 + 1e-6)
     assert cost <= exact.cost + gains.max()  # what a single item can make up
+
+
+def test_a_sensitivity_file_stands_for_importance(tmp_path):
+    names = list(find_layers(net()))
+    layers = [
+        {"layer": name, "parameters": 1, "values": {"fisher": {"8": 0.0, "4": float(n), "2": 10.0 * n}}}
+        for n, name in enumerate(names)
+    ]
+    file = tmp_path / "s.json"
+    file.write_text(json.dumps({"model": "m", "data": "d", "samples": 1, "bits": [8, 4, 2], "layers": layers}))
+    model, method = calibrated(mixed="layer", candidates=(2, 4, 8), bits=4, sensitivity=file)
+    bits = method.structure["assigned_bits"]
+    sizes = torch.tensor([float(quant_layers(model)[name].layer.weight.numel()) for name in names])
+    gains = torch.tensor([[10.0 * n, float(n), 0.0] for n in range(len(names))], dtype=torch.float64)
+    assert [set(bits[name]) for name in names] == [{b} for b in greedy_bits(gains, sizes, (2, 4, 8), 4)]
+    assert len({b for item in bits.values() for b in item}) > 1
 
 
 def test_mixed_channels_keep_the_mean_and_are_packed_by_their_bits(tmp_path):

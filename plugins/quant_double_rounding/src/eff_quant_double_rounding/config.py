@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import model_validator
@@ -39,6 +40,9 @@ class DoubleRoundingConfig(MethodConfig):
         description="Cost of a width: trace / n times the squared rounding error; or times the width, as printed.",
     )
     hessian_samples: int = Field(1000, ge=1, description="Training samples for the Hessian's traces.")
+    sensitivity: Path | None = Field(
+        None, description="With mixed: file of eff sensitivity whose Hessian traces are taken; unset: measured."
+    )
     lr: float = Field(5e-4, gt=0, description="Learning rate of Adam.")
     weight_decay: float = Field(5e-5, ge=0, description="Weight decay of all but the scales.")
     epochs: int = Field(90, ge=0, description="Training epochs.")
@@ -57,6 +61,8 @@ class DoubleRoundingConfig(MethodConfig):
             raise ValueError(f"act_bits has {len(self.act_bits)} widths, bits has {len(self.bits)}")
         if self.act_bits is not None and any(not 2 <= item <= 8 for item in self.act_bits):
             raise ValueError(f"act_bits must be between 2 and 8, got {list(self.act_bits)}")
+        if self.sensitivity is not None and not self.mixed:
+            raise ValueError("sensitivity is for widths by layer; it needs mixed=true")
         if self.mixed and not min(self.bits) <= self.target_avg_bits <= max(self.bits):
             raise ValueError(
                 f"target_avg_bits is {self.target_avg_bits:g}, outside the widths {min(self.bits)} to {max(self.bits)}"

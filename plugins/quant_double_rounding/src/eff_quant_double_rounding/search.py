@@ -14,18 +14,28 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from eff.errors import RequestError
 from eff.run import Run
 from eff_quant_double_rounding.config import DoubleRoundingConfig
 from eff_quant_double_rounding.layers import PLUGIN, switch, switch_layers
 from eff_quant_double_rounding.rounding import value
 from eff_quant_kit.allocation import Budget, allocate
-from eff_quant_kit.sensitivity import hessian_traces
+from eff_quant_kit.sensitivity import hessian_traces, read_sensitivity
 
 BATCH = 64
 
 
 def traces(model: nn.Module, names: list[str], config: DoubleRoundingConfig, run: Run) -> dict[str, float]:
-    """Return the Hessian trace of each layer of the float model; noisy negative ones count as 0, with a warning."""
+    """Return the Hessian trace of each layer of the float model; noisy negative ones count as 0, with a warning.
+
+    Raises:
+        RequestError: `config.sensitivity` is missing or lacks a layer's trace.
+    """
+    if config.sensitivity is not None:
+        averages = read_sensitivity(config.sensitivity).traces(names, PLUGIN)
+        return {
+            name: max(0.0, average) * model.get_submodule(name).weight.numel() for name, average in averages.items()
+        }
     weights = {name: model.get_submodule(name).weight for name in names}
 
     def losses() -> Iterable[tuple[Tensor, float]]:
@@ -69,9 +79,8 @@ def subnets(model: nn.Module, config: DoubleRoundingConfig, structure: dict[str,
                 continue
             try:
                 found.append(allocate(PLUGIN, cost, budgets, fixed={row: column}).choices)
-            except Exception as error:  # a width that leaves no solution at this mean
-                if type(error).__name__ != "RequestError":
-                    raise
+            except RequestError:  # a width that leaves no solution at this mean
+                continue
     return [dict(zip(names, (widths[c] for c in choices), strict=True)) for choices in dict.fromkeys(found)]
 
 

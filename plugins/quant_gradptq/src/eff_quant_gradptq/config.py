@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -57,6 +58,9 @@ class GradPTQConfig(MethodConfig):
     )
     mixed: Literal["off", "channel", "layer"] = Field("off", description="Bits by importance, mean `bits` per weight.")
     candidates: tuple[int, ...] = Field((2, 3, 4, 8), min_length=2, description="Bits to choose among, 2 to 8.")
+    sensitivity: Path | None = Field(
+        None, description="With mixed=layer: file of eff sensitivity whose Fisher stands for importance times error."
+    )
     act_iters: int = Field(5000, ge=1, description="Steps per unit that learn the inputs' scales.")
     act_lr: float = Field(4e-4, gt=0, description="Adam's rate for them, cosine to 0.")
     calib_size: int = Field(1024, ge=16, description="Training samples to calibrate on.")
@@ -77,6 +81,8 @@ class GradPTQConfig(MethodConfig):
             raise ValueError("grid=power is symmetric; leave symmetric=true")
         if any(not 2 <= item <= 8 for item in self.candidates):
             raise ValueError(f"candidates must be between 2 and 8, got {list(self.candidates)}")
+        if self.sensitivity is not None and self.mixed != "layer":
+            raise ValueError(f"sensitivity is by layer; it needs mixed=layer, got mixed={self.mixed}")
         if self.mixed != "off" and not min(self.candidates) <= self.bits <= max(self.candidates):
             low, high = min(self.candidates), max(self.candidates)
             raise ValueError(

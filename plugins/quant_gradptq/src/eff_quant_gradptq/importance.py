@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from eff_quant_gradptq.config import GradPTQConfig
 from eff_quant_gradptq.grid import fake_quantize, level_range, search_scale
 from eff_quant_kit.calibration import CalibrationSet
 from eff_quant_kit.layers import CONVOLUTIONS
+from eff_quant_kit.sensitivity import read_sensitivity
 
 TEMPERATURE = 4.0
 
@@ -134,6 +136,21 @@ def greedy_bits(gains: Tensor, sizes: Tensor, candidates: Sequence[int], mean_bi
         chosen[item] = to
         offer(item)
     return [candidates[index] for index in chosen]
+
+
+def bits_of_file(path: Path, layers: Mapping[str, nn.Module], config: GradPTQConfig) -> dict[str, Tensor]:
+    """Return bits (C,) per layer with mean at most `config.bits`, by the Fisher information in a file of `eff sensitivity`.
+
+    Raises:
+        RequestError: the file is missing, or lacks a layer, a candidate or the measure.
+    """
+    candidates = sorted(config.candidates)
+    gains = torch.tensor(
+        read_sensitivity(path).table("fisher", candidates, list(layers), "quant_gradptq"), dtype=torch.float64
+    )
+    sizes = torch.tensor([float(layer.weight.numel()) for layer in layers.values()])  # type: ignore[union-attr,operator]
+    chosen = greedy_bits(gains, sizes, candidates, config.bits)
+    return {name: torch.full((len(layer.weight),), b) for (name, layer), b in zip(layers.items(), chosen, strict=True)}  # type: ignore[arg-type]
 
 
 def assign_bits(

@@ -15,7 +15,7 @@ from eff.run import Run
 from eff_quant_gradptq.config import GradPTQConfig
 from eff_quant_gradptq.finished import convert
 from eff_quant_gradptq.grid import search_scale
-from eff_quant_gradptq.importance import assign_bits, channel_importance, own_loss
+from eff_quant_gradptq.importance import assign_bits, bits_of_file, channel_importance, own_loss
 from eff_quant_gradptq.losses import uniform_like
 from eff_quant_gradptq.rounding import RoundingLayer
 from eff_quant_gradptq.units import InputScaleUnit, RoundingUnit, rounding_layers, unit_names
@@ -78,8 +78,11 @@ class Pipeline:
         if config.mixed == "off":
             return {name: torch.full((count,), config.bits) for name, count in counts.items()}
         if "assigned_bits" not in self.structure:
-            importance = channel_importance(self.model, layers, self.calibration, self.run)
-            assigned = assign_bits(importance, layers, config)
+            if config.sensitivity is not None:
+                assigned = bits_of_file(config.sensitivity, layers, config)
+            else:
+                importance = channel_importance(self.model, layers, self.calibration, self.run)
+                assigned = assign_bits(importance, layers, config)
             self.structure["assigned_bits"] = {name: bits.tolist() for name, bits in assigned.items()}
         return {name: torch.tensor(bits) for name, bits in self.structure["assigned_bits"].items()}
 

@@ -62,16 +62,11 @@ class Sensitivity(Schema):
         Raises:
             RequestError: the file lacks a layer, a number of bits or the measure.
         """
-        known = {item.layer: item for item in self.layers}
         rows = []
-        for name in names:
-            if name not in known:
-                raise RequestError(f"{plugin}: the sensitivity file has no layer '{name}'{did_you_mean(name, known)}")
-            values = known[name].values.get(measure)
+        for item in self._named(names, plugin):
+            values = item.values.get(measure)
             if values is None:
-                raise RequestError(
-                    f"{plugin}: the sensitivity file has no {measure}; it has {', '.join(known[name].values)}"
-                )
+                raise RequestError(f"{plugin}: the sensitivity file has no {measure}; it has {', '.join(item.values)}")
             missing = [item for item in bits if str(item) not in values]
             if missing:
                 raise RequestError(
@@ -79,6 +74,28 @@ class Sensitivity(Schema):
                 )
             rows.append([values[str(item)] for item in bits])
         return rows
+
+    def traces(self, names: Sequence[str], plugin: str) -> dict[str, float]:
+        """Return the average Hessian trace of the named layers.
+
+        Raises:
+            RequestError: the file lacks a layer or its trace.
+        """
+        found = {}
+        for item in self._named(names, plugin):
+            if item.hessian_trace is None:
+                raise RequestError(
+                    f"{plugin}: the sensitivity file has no Hessian traces; run eff sensitivity --metric hessian"
+                )
+            found[item.layer] = item.hessian_trace
+        return found
+
+    def _named(self, names: Sequence[str], plugin: str) -> list[LayerSensitivity]:
+        known = {item.layer: item for item in self.layers}
+        for name in names:
+            if name not in known:
+                raise RequestError(f"{plugin}: the sensitivity file has no layer '{name}'{did_you_mean(name, known)}")
+        return [known[name] for name in names]
 
 
 def read_sensitivity(path: Path) -> Sensitivity:
