@@ -23,7 +23,9 @@ WIDTHS = {1: (24, 116, 232, 464, 1024), 2: (24, 244, 488, 976, 2153)}
 
 
 def _split(value: object) -> object:
-    """Take "8,16,32" apart."""
+    """Take "8,16,32" apart; 8 alone is a list too."""
+    if isinstance(value, int):
+        return [value]
     return value.split(",") if isinstance(value, str) else value
 
 
@@ -48,7 +50,7 @@ class DeformOptions(BaseModel):
 class CoDeNetOptions(DeformOptions):
     """Options of `codenet:1x` and its like."""
 
-    width: Literal[1, 2] | Numbers = 1
+    width: Literal[1, 2] | Numbers = Field(1, union_mode="left_to_right")
     blocks: Numbers | None = None
     decoder: Numbers | None = None
     head: int = Field(64, ge=1)
@@ -100,7 +102,7 @@ class DeformedOptions(DeformOptions):
 PRESETS: dict[str, dict[str, Any]] = {
     "1x": {"width": 1},
     "2x": {"width": 2},
-    "small": {"width": (8, 16, 32, 32), "blocks": (1, 1), "decoder": (32, 16), "head": 16},
+    "small": {"width": (16, 32, 64, 64), "blocks": (1, 1), "decoder": (48, 32), "head": 32},
     "deformed": {},
 }
 

@@ -1,6 +1,6 @@
 """The claim at desk scale: digits in several sizes on smooth textures, 64 x 64, found by a narrow CoDeNet.
 
-1,500 training and 300 test scenes, one class split in three groups. The variants start from the same seed and have the same
+1,500 training and 300 test scenes, one class. The variants start from the same seed and have the same
 epochs, recipe and width; what differs is how the decoder samples. `square` is then quantized to W4A8 by training and by
 rounding alone.
 """
@@ -25,7 +25,7 @@ from eff_quant_codenet.config import CoDeNetConfig
 from eff_quant_codenet.extension import DetectionExtension
 from eff_quant_codenet.plugin import CoDeNetMethod
 
-DATA = "scenes?classes=3&seed={seed}"
+DATA = "scenes?classes=1&seed={seed}"
 FLOAT = TrainOptions(epochs=12, batch_size=32, lr=4e-3, optimizer="adam", weight_decay=0.0, augment=False).over(
     CORE_TRAINING
 )
