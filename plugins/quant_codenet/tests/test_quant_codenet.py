@@ -14,16 +14,16 @@ from torch.nn import functional as F
 from eff.errors import EffError, ModelError, RequestError, UnsupportedModelError
 from eff.run import Run
 from eff.runner import apply
-from eff.schemas import CORE_TRAINING, MethodUse, ModelSpec, Recipe, TaskSpec, TrainOptions
-from eff.session import Plugins
+from eff.schemas import MethodUse, ModelSpec, Recipe, TrainOptions
 from eff.use import UseRequest, evaluate
 from eff_quant_codenet import claims
 from eff_quant_codenet.building import build
 from eff_quant_codenet.config import CoDeNetConfig
 from eff_quant_codenet.deform import ANCHORS, DeformConv2d, Tap, round_straight_through, sample_taps
+from eff_quant_codenet.extension import DetectionExtension
 from eff_quant_codenet.network import CoDeNet, Deformation, Layout, channel_shuffle
 from eff_quant_codenet.plugin import CoDeNetMethod
-from eff_quant_codenet.quantize import QuantConv, RunningRange, weight_range
+from eff_quant_codenet.quantizers import QuantConv, RunningRange, weight_range
 from eff_quant_codenet.report import count_macs, offset_histogram
 from eff_quant_codenet.storage import write
 from eff_quant_codenet.task import Detection, DetectionOptions
@@ -180,6 +180,14 @@ def test_rounding_is_for_inference_and_passes_the_gradient_in_training():
     assert values.grad.tolist() == [1, 1, 1]
 
 
+def test_positions_in_wide_images_are_exact_in_half_precision():
+    x = torch.arange(300.0).view(1, 1, 1, 300).bfloat16()
+    offsets = torch.zeros(1, 18, 1, 300, dtype=torch.bfloat16)
+    for nearest in (False, True):
+        centre = sample_taps(x, offsets, nearest=nearest)[0, 0, 1, 1::3]
+        assert centre.dtype == torch.bfloat16 and torch.equal(centre, x.flatten())
+
+
 def test_an_offset_map_of_another_size_is_refused():
     with pytest.raises(ValueError, match=r"offsets have shape \(1, 18, 3, 4\), expected \(1, 18, 4, 4\)"):
         sample_taps(torch.zeros(1, 1, 4, 4), torch.zeros(1, 18, 3, 4))
@@ -297,9 +305,9 @@ def test_the_layer_computes_with_folded_weights_on_the_grid_and_passes_gradients
 def test_eight_bits_are_near_the_float_layer():
     conv, norm = _conv_and_norm()
     x = torch.randn(2, 3, 5, 5)
-    expected = norm.eval()(conv(x))
+    expected = norm.eval()(conv(x)).detach()
     error = (QuantConv(conv, norm, 8, False, None)(x) - expected).abs().max()
-    assert error.item() < 0.02 * float(expected.abs().max())
+    assert error.item() < 0.02 * expected.abs().max().item()
 
 
 def test_the_range_follows_with_momentum_and_stands_still_in_evaluation():
@@ -518,9 +526,4 @@ def test_a_model_of_another_task_is_refused_before_anything_is_written(tmp_path)
 
 
 def test_the_extension_answers_only_its_own_scheme():
-    from eff_quant_codenet.extension import DetectionExtension
-
-    extension = DetectionExtension()
-    assert extension.build_model(ModelSpec(source="zoo:digits_cnn"), _run()) is None
-    assert "detection" in Plugins((), [("codenet_detection", extension)]).added("tasks")
-    assert TaskSpec(name="detection").name in extension.tasks and CORE_TRAINING.epochs
+    assert DetectionExtension().build_model(ModelSpec(source="zoo:digits_cnn"), _run()) is None

@@ -68,7 +68,8 @@ def sample_taps(
         raise ValueError(
             f"offsets have shape {tuple(offsets.shape)}, expected {expected} for an input {tuple(x.shape)}"
         )
-    by_tap = offsets.view(n, kernel, kernel, 2, height, width)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32  # half dtypes cannot tell far pixels apart
+    by_tap = offsets.to(wide).view(n, kernel, kernel, 2, height, width)
     taps = torch.arange(kernel, device=x.device) * dilation
     rows = torch.arange(height, device=x.device) * stride - padding
     columns = torch.arange(width, device=x.device) * stride - padding
@@ -80,7 +81,8 @@ def sample_taps(
     grid = torch.stack(
         [(2 * z + 1) / w - 1, (2 * y + 1) / h - 1], -1
     )  # align_corners=False: pixel i at (2 i + 1) / W - 1
-    return F.grid_sample(x, grid.to(x.dtype), mode="bilinear", padding_mode="zeros", align_corners=False)
+    sampled = F.grid_sample(x.to(wide), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return sampled.to(x.dtype)
 
 
 def _gather(x: Tensor, y: Tensor, z: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from eff.data import Data
 from eff.run import Run
 from eff.schemas import Metric, Metrics, TableRow
 from eff_quant_codenet.deform import DeformConv2d
-from eff_quant_codenet.quantize import QuantConv, RunningRange
+from eff_quant_codenet.quantizers import QuantConv, RunningRange
 from eff_quant_kit.layers import QuantLayer
 from eff_quant_kit.packed import sizes
 
@@ -55,7 +55,6 @@ def count_macs(model: nn.Module, run: Run) -> list[TableRow]:
     def watch(name: str) -> Callable[..., None]:
         def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             if isinstance(module, DeformConv2d):
-                conv = module.conv.layer if isinstance(module.conv, wrapped) else module.conv
                 sampled = 0 if module.offset is None or module.rounds else BILINEAR_MACS
                 macs = sampled * inputs[0].shape[1] * module.kernel**2 * output.shape[-2] * output.shape[-1]
                 if macs:

@@ -11,7 +11,8 @@ from eff.errors import UnsupportedModelError
 from eff.exporting import onnx_agreement, onnx_export
 from eff.run import Run
 from eff_quant_codenet.deform import DeformConv2d
-from eff_quant_codenet.quantize import PLUGIN, RunningRange
+from eff_quant_codenet.quantize import PLUGIN
+from eff_quant_codenet.quantizers import RunningRange
 from eff_quant_kit.layers import quant_layers, replace_module
 from eff_quant_kit.onnx_qdq import OnnxQuantizer, to_onnx_modules
 from eff_quant_kit.packed import write_packed
