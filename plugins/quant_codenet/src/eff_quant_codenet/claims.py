@@ -3,6 +3,8 @@
 1,500 training and 300 test scenes, one class. The variants start from the same seed and have the same
 epochs, recipe and width; what differs is how the decoder samples. `square` is then quantized to W4A8 by training and by
 rounding alone; `square_more` is the float detector trained for those epochs too, because they would help it as well.
+Two more say what costs: `square_whole_offsets` is the float detector with whole offsets, `square_rounded_fine` rounds to W4A8
+with offsets of 8 bits.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from eff.seeding import seed_everything
 from eff.session import Chosen, Plugins
 from eff.training import Training
 from eff_quant_codenet.config import CoDeNetConfig
+from eff_quant_codenet.deform import DeformConv2d
 from eff_quant_codenet.extension import DetectionExtension
 from eff_quant_codenet.plugin import CoDeNetMethod
 
@@ -54,10 +57,17 @@ def measure(data: Data, seed: int, float_recipe: TrainOptions, qat_recipe: Train
     assert base is not None
     more, run = train(copy.deepcopy(base), _run(data, seed), qat_recipe)
     found["square_more"] = ap50(more, data, run)
-    for name, epochs in (("square_w4a8", qat_recipe.epochs), ("square_rounded", 0)):
+    for name, epochs, whole in (
+        ("square_w4a8", qat_recipe.epochs, True), ("square_rounded", 0, True), ("square_rounded_fine", 0, False),
+    ):  # fmt: skip
         recipe = TrainOptions(epochs=epochs).over(qat_recipe)
-        quantized, run = train(copy.deepcopy(base), _run(data, seed), recipe, CoDeNetMethod(CoDeNetConfig()))
+        method = CoDeNetMethod(CoDeNetConfig(round_offsets=whole))
+        quantized, run = train(copy.deepcopy(base), _run(data, seed), recipe, method)
         found[name] = ap50(quantized, data, run)
+    for module in base.modules():
+        if isinstance(module, DeformConv2d):
+            module.round_offsets = True
+    found["square_whole_offsets"] = ap50(base, data, run)
     return found
 
 
