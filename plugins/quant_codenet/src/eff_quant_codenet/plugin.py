@@ -60,7 +60,7 @@ class CoDeNetMethod(Method[CoDeNetConfig]):
             "deformable 42.9, bounded 41.0, square 41.1.",
             unit="% AP50",
             seeds=(0, 1, 2),
-            minutes=8,
+            minutes=10,
         ),
     )
     sample: ClassVar = Sample(
