@@ -91,6 +91,16 @@ def test_a_folded_restoration_network_is_quantized_in_a_second_run(tmp_path):
         apply(distilled.model_copy(update={"methods": (use,)}), tmp_path / "distilled")
 
 
+def test_a_detector_takes_learned_steps_instead_of_its_own_quantizers(tmp_path):
+    source = ("codenet:small?width=4,8,8&blocks=1&decoder=8&head=4", "scenes?train=16&test=8&size=32")
+    report = apply(recipe("quant_lsq", source), tmp_path / "quantized")
+    found = evaluate(UseRequest(str(tmp_path / "quantized"), device="cpu"))
+    assert found.metrics.values["detection_loss"] == report.after.metrics.values["detection_loss"]
+    again = recipe("quant_codenet", (str(tmp_path / "quantized"), source[1]))
+    with pytest.raises(EffError, match="quant_codenet conflicts with quant_lsq, which has been applied to it"):
+        apply(again, tmp_path / "twice")
+
+
 def test_clients_of_an_adapted_model_send_only_what_it_trains(tmp_path):
     report = apply(recipe("peft_paca,fl_fedspeed", VIT), tmp_path / "run")
     trained = report.after.metrics.values["trainable_parameters"].value

@@ -49,6 +49,7 @@ SHIPPED = (
     "quant_adapt",
     "quant_adaquant",
     "quant_biadapter",
+    "quant_codenet",
     "quant_dfp",
     "quant_double_rounding",
     "quant_efficientdm",
