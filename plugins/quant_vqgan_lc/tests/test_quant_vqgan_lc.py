@@ -5,20 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from eff_quant_vqgan_lc import claims
-from eff_quant_vqgan_lc.autoencoder import SIZES, Autoencoder, AutoencoderOptions, make_autoencoder
-from eff_quant_vqgan_lc.codebook import Codebook, EMACodebook, make_codebook, make_projector, principal_components
-from eff_quant_vqgan_lc.config import VQGANLCConfig
-from eff_quant_vqgan_lc.discriminator import Discriminator, hinge_loss
-from eff_quant_vqgan_lc.features import FrozenFeatures, _as_map
-from eff_quant_vqgan_lc.insert import insert
-from eff_quant_vqgan_lc.model import Tokenizer
-from eff_quant_vqgan_lc.objective import adaptive_weight, perceptual_loss, quantizer_loss
-from eff_quant_vqgan_lc.pictures import load
-from eff_quant_vqgan_lc.plugin import VQGANLC
-from eff_quant_vqgan_lc.table import make_table, patch_features, read_table
-from eff_quant_vqgan_lc.task import ReconstructionMeter, Tokenization, TokenizationOptions
-from eff_quant_vqgan_lc.usage import Usage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -34,6 +20,20 @@ from eff.session import Chosen, Plugins
 from eff.tasks import Classification, ClassificationOptions
 from eff.training import Training
 from eff.use import UseRequest, evaluate, export_model, predict
+from eff_quant_vqgan_lc import claims
+from eff_quant_vqgan_lc.autoencoder import SIZES, Autoencoder, AutoencoderOptions, make_autoencoder
+from eff_quant_vqgan_lc.codebook import Codebook, EMACodebook, make_codebook, make_projector, principal_components
+from eff_quant_vqgan_lc.config import VQGANLCConfig
+from eff_quant_vqgan_lc.discriminator import Discriminator, hinge_loss
+from eff_quant_vqgan_lc.features import FrozenFeatures, _as_map
+from eff_quant_vqgan_lc.insert import insert
+from eff_quant_vqgan_lc.model import Tokenizer
+from eff_quant_vqgan_lc.objective import adaptive_weight, perceptual_loss, quantizer_loss
+from eff_quant_vqgan_lc.pictures import load
+from eff_quant_vqgan_lc.plugin import VQGANLC
+from eff_quant_vqgan_lc.table import make_table, patch_features, read_table
+from eff_quant_vqgan_lc.task import ReconstructionMeter, Tokenization, TokenizationOptions
+from eff_quant_vqgan_lc.usage import Usage
 
 EFF_PLUGIN = "quant_vqgan_lc"
 BLOBS = "pictures:eff.testing.samples:blobs?train=64&test=32"

@@ -1,10 +1,11 @@
 """The claim at desk scale: photographs of 64 x 64 pixels, five codebooks of 2048 entries of width 8.
 
 vqgan:small (width 32, 64 tokens an image) on 800 photos, 200 for testing; L1 and the quantizer's terms alone (no GAN, no
-perceptual loss: it would take most of a step on a CPU). STEPS updates of BATCH images, the same for every codebook, as are
-split, order and initial weights of encoder and decoder. Table: k-means over EfficientNet-Lite0's features of the training
-photos, stride 16 at 256 pixels, averaged 4x4 (16 vectors a photo), no labels. Each photo gives 64 tokens: 51,200 in an epoch,
-12,800 in the test set.
+perceptual loss: it would take most of a step on a CPU). 300 updates of 16 images, the same for every codebook, as are split,
+order and initial weights of encoder and decoder. Every codebook starts with the latents' mean and spread, but for factorized
+codes, which are on the unit sphere, and `random_tuned`, which is uniform in +-1/N as published; `random_tuned_matched` is the
+same with the common start. Table: k-means over EfficientNet-Lite0's features of the training photos, stride 16 at 256 pixels,
+averaged 4x4 (16 vectors a photo), no labels. Each photo gives 64 tokens: 51,200 in an epoch, 12,800 in the test set.
 
 The photos: the folder that EFF_PHOTOS names, else ../shared/data/imagenet1k_samples (seen from the project or the current
 folder).
@@ -43,7 +44,7 @@ from eff_quant_vqgan_lc.report import coded
 from eff_quant_vqgan_lc.table import patch_features
 from eff_quant_vqgan_lc.usage import Usage
 
-ENTRIES, STEPS, BATCH = 2048, 400, 16
+ENTRIES, STEPS, BATCH = 2048, 300, 16
 KMEANS_ROUNDS = 20
 SETTINGS: dict[str, dict[str, Any]] = {
     "frozen_linear": {},
@@ -102,20 +103,28 @@ def measure_all(
 
 
 def trained(
-    data: Data, table: Tensor, options: dict[str, Any], steps: int, seed: int
+    data: Data, table: Tensor, options: dict[str, Any], steps: int, seed: int, size: dict[str, Any] | None = None
 ) -> tuple[Tokenizer, dict[str, float]]:
-    """Train one tokenizer; return it finished, with its figures. `insert` gets the table as features do."""
-    per_epoch = len(data.split("train")) // BATCH
-    config = VQGANLCConfig(
-        n_codes=len(table), rate_p=0, rate_d=0, batch=BATCH, epochs=max(1, steps // per_epoch), **options
-    )
+    """Train one tokenizer; return it finished, with its figures.
+
+    Args:
+        data: the photos.
+        table: E (N, C).
+        options: of the method, what makes the setting.
+        steps: updates.
+        seed: of weights and order.
+        size: options of the autoencoder that differ from vqgan:small's.
+    """
+    chosen = {"batch": BATCH, **options}
+    epochs = max(1, steps // (len(data.split("train")) // chosen["batch"]))
+    config = VQGANLCConfig(n_codes=len(table), rate_p=0, rate_d=0, epochs=epochs, **chosen)
     method = VQGANLC(config)
     plugins = Plugins([Chosen(PLUGIN, "", "eff-quant-vqgan-lc", method)], extensions=())
     recipe = method.training().over(CORE_TRAINING).model_copy(update={"augment": False})
     task = make_task(data.task, Plugins([]))
     run = Run(task, torch.device("cpu"), seed, data, train=recipe, training=True)
     seed_everything(seed, "model")
-    model = insert(make_autoencoder("small"), config, method.structure, run, table)
+    model = insert(make_autoencoder("small", **(size or {})), config, method.structure, run, table)
     method.objective = Objective(model, config, run)
     Training(model, run, plugins).run_all()
     method.finish(model, run)
