@@ -202,6 +202,14 @@ def test_factorized_codes_are_compared_by_their_angle():
     assert torch.equal(found.codes, angle.argmax(1))
 
 
+def test_distances_stay_in_float32_under_autocast():
+    book = Codebook(normal(50, 6), False, make_projector("linear", 6, 4))
+    z = 30 + normal(20, 4)  # far from 0, where squares in bfloat16 hold nothing
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = book(z)
+    assert found.z_q.dtype == torch.float32 and torch.equal(found.codes, book(z).codes)
+
+
 def test_principal_components_are_those_of_the_singular_value_decomposition():
     table = normal(40, 6) * torch.tensor([5.0, 4, 3, 2, 1, 0.5]) + 3
     centred = (table - table.mean(0)).double().numpy()
@@ -269,12 +277,12 @@ def test_the_hinge_loss_of_known_logits():
     assert shapes == [(64, 3, 4, 4), (128, 64, 4, 4), (256, 128, 4, 4), (1, 256, 4, 4)]
 
 
-def test_the_perceptual_loss_is_the_mean_difference_of_maps_and_0_for_equal_images():
+def test_the_perceptual_loss_is_the_relative_difference_of_maps_and_0_for_equal_images():
     network = FrozenFeatures(NETWORK, ("conv1", "conv3"), None)
     a, b = normal(2, 1, 8, 8), normal(2, 1, 8, 8, seed=1).requires_grad_()
     with torch.no_grad():
         first, second = network((a + 1) / 2), network((b + 1) / 2)
-        expected = sum(float((x - y).abs().mean()) for x, y in zip(first, second, strict=True)) / 2
+        expected = sum(float((x - y).abs().mean() / x.abs().mean()) for x, y in zip(first, second, strict=True)) / 2
     loss = perceptual_loss(network, a, b)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     loss.backward()

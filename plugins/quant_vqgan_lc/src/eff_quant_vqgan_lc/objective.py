@@ -4,8 +4,8 @@
     total = mean |x - x^| + rate_p perceptual(x, x^) + rate_q q + w_d L_gan
     L_gan = -mean D(x^),   w_d = rate_d clip(|grad(rec + rate_p perceptual)| / (|grad L_gan| + 1e-4), 0, 1e4)
 
-with both gradients taken at the decoder's last layer. In place of LPIPS: mean |phi(x) - phi(x^)| over the maps of some layers
-of a frozen network. Discriminator: hinge loss, an Adam of its own.
+with both gradients taken at the decoder's last layer. In place of LPIPS: mean |phi(x) - phi(x^)| / mean |phi(x)|, the mean of it
+over some layers of a frozen network; the ratio is free of the network's units. Discriminator: hinge loss, an Adam of its own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from eff_quant_vqgan_lc.model import PLUGIN, Coded, Tokenizer
 from eff_quant_vqgan_lc.usage import Usage
 
 GRADIENT_EPS, WEIGHT_MAX = 1e-4, 1e4
-ADAM_EPS = 1e-7
+ADAM_EPS, TINY = 1e-7, 1e-12
 
 
 def quantizer_loss(z: Tensor, z_q: Tensor, w_encoder: float, w_codebook: float) -> Tensor:
@@ -35,11 +35,15 @@ def quantizer_loss(z: Tensor, z_q: Tensor, w_encoder: float, w_codebook: float) 
 
 
 def perceptual_loss(network: FrozenFeatures, image: Tensor, again: Tensor) -> Tensor:
-    """Return the mean over layers of mean |phi(x) - phi(x^)|, of images in [-1, 1]; replaces LPIPS."""
+    """Return the mean over layers of mean |phi(x) - phi(x^)| / mean |phi(x)|, of images in [-1, 1]; replaces LPIPS."""
     with torch.no_grad():
         wanted = network((image + 1) / 2)
     found = network((again + 1) / 2)
-    return torch.stack([(own - other).abs().mean() for own, other in zip(found, wanted, strict=True)]).mean()
+    losses = [
+        (own - other).abs().mean() / other.abs().mean().clamp(min=TINY)
+        for own, other in zip(found, wanted, strict=True)
+    ]
+    return torch.stack(losses).mean()
 
 
 def adaptive_weight(base: Tensor, gan: Tensor, last: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ class VQGANLC(Method[VQGANLCConfig]):
         composes_with=(
             "token generators",
             "entropy coding of the tokens",
-            "weight quantization of encoder and decoder",
+            "quant_lsq on encoder and decoder before it",
         ),
         notes="Autoencoders: vqgan:f16, vqgan:f8, vqgan:small, or your own; data: pictures:SOURCE.",
     )
