@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from eff_kernels.nearest_code import nearest_code
 from eff_kernels.packing import pack_bits, unpack_bits
 
 BLOCK = 1 << 22
@@ -46,9 +47,13 @@ def nearest_codes(
 ) -> Tensor:
     """Return the codes (N, count) of `nearest` alone, of values that the caller knows to be finite; for inner loops.
 
+    One codeword per sub-vector is `eff_kernels.nearest_code`, which on a GPU holds no distances at all.
+
     Args:
         columns: codewords of one block; unset: chosen so that blocks are a few times as wide as high.
     """
+    if count == 1:
+        return nearest_code(x, codebook, block, columns or 0)[:, None]
     k = len(codebook)
     centre = codebook.mean(0)  # close to the data, so that |x|^2 - 2 x c + |c|^2 cancels little
     points, words = x - centre, codebook - centre
@@ -62,9 +67,7 @@ def nearest_codes(
         for first in range(0, k, columns):
             some = words[first : first + columns]
             distance = torch.addmm(some.square().sum(1), part, some.t(), alpha=-2)
-            value, index = (
-                distance.topk(min(count, len(some)), 1, largest=False) if count > 1 else distance.min(1, True)
-            )
+            value, index = distance.topk(min(count, len(some)), 1, largest=False)
             index = index + first
             if best is not None and chosen is not None:
                 value, index = torch.cat([best, value], 1), torch.cat([chosen, index], 1)
