@@ -54,6 +54,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ema": {"codebook": "ema"},
     "factorized": {"codebook": "factorized"},
 }
+DRAWN = {"frozen_linear_drawn": {"start": "drawn"}}
+"""The projector as the paper draws it; for the benchmark of sizes."""
 
 
 def photos(train: int = 800, test: int = 200, size: int = 64) -> Data:
@@ -95,7 +97,7 @@ def measure_all(
     table, _ = kmeans(vectors, entries, KMEANS_ROUNDS, generator)
     found: dict[str, float] = {}
     for name in settings:
-        values = trained(data, table, SETTINGS[name], steps, seed)[1]
+        values = trained(data, table, (SETTINGS | DRAWN)[name], steps, seed)[1]
         found |= {f"{name}_{key}": value for key, value in values.items()}
     if "random_tuned" in settings and "frozen_linear" in settings:
         found["frozen_over_random_tuned"] = found["frozen_linear_train_use"] / found["random_tuned_train_use"]
