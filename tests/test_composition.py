@@ -101,6 +101,22 @@ def test_a_detector_takes_learned_steps_instead_of_its_own_quantizers(tmp_path):
         apply(again, tmp_path / "twice")
 
 
+def test_an_autoencoder_with_quantized_weights_becomes_a_tokenizer_in_a_second_run(tmp_path):
+    blobs = "pictures:eff.testing.samples:blobs?train=64&test=32"
+    apply(recipe("quant_lsq", ("vqgan:tiny", blobs)), tmp_path / "quantized")
+    options = {
+        "n_codes": 16, "code_dim": 4, "table": "random", "features": "eff.testing.samples:tiny_cnn", "feature_layer": "conv2",
+        "feature_size": None, "pool": 2, "rate_p": 0, "rate_d": 0,
+    }  # fmt: skip
+    second = recipe("quant_vqgan_lc", (str(tmp_path / "quantized"), blobs))
+    use = MethodUse(name="quant_vqgan_lc", options=options)
+    report = apply(second.model_copy(update={"methods": (use,)}), tmp_path / "tokenizer")
+    assert [item.name for item in report.methods] == ["quant_lsq", "quant_vqgan_lc"]
+    found = evaluate(UseRequest(str(tmp_path / "tokenizer"), device="cpu"))
+    assert found.metrics.values["psnr"] == report.after.metrics.values["psnr"]
+    assert found.metrics.values["test_utilisation"].value > 0
+
+
 def test_clients_of_an_adapted_model_send_only_what_it_trains(tmp_path):
     report = apply(recipe("peft_paca,fl_fedspeed", VIT), tmp_path / "run")
     trained = report.after.metrics.values["trainable_parameters"].value

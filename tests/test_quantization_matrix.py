@@ -54,6 +54,7 @@ METHODS = (
     "quant_lsq", "quant_adaquant", "quant_gradptq", "quant_dfp", "quant_adapt", "quant_lr2vq", "quant_double_rounding",
     "quant_gaqat", "quant_fliqs", "quant_emq", "quant_hawqv3", "quant_biadapter", "quant_quest", "quant_efficientdm", "quant_vq4dit",
     "quant_codenet",
+    "quant_vqgan_lc",
 )  # fmt: skip
 REFUSED = {
     **{
@@ -62,6 +63,7 @@ REFUSED = {
         for model in MODELS
     },
     **{("quant_codenet", model): "is for detection" for model in MODELS},
+    **{("quant_vqgan_lc", model): "is for tokenization" for model in MODELS},
     ("quant_hawqv3", "ViT"): "no integer form for .*(GELU|LayerNorm)|cannot be traced",
     ("quant_hawqv3", "BERT"): "is for classification",
     ("quant_biadapter", "branches, shared layers, functions"): "has no qkv, query, value",

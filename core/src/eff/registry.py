@@ -62,6 +62,7 @@ SHIPPED = (
     "quant_lsq",
     "quant_quest",
     "quant_vq4dit",
+    "quant_vqgan_lc",
     "restore_deanet",
     "train_adamp",
 )

@@ -14,6 +14,7 @@ from eff_quant_kit.codebooks import (
     index_bits,
     kmeans,
     nearest,
+    nearest_codes,
     pack_indices,
     plus_plus_seeds,
     reseed_empty,
@@ -36,6 +37,15 @@ def test_the_search_finds_what_all_distances_say_whatever_the_block(block, count
     expected = torch.cdist(x, codebook).sort(1)
     assert torch.equal(codes, expected.indices[:, :count])
     torch.testing.assert_close(distances, expected.values[:, :count])
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("columns", [None, 3, 7, 100])
+def test_codes_without_distances_are_those_of_the_search_whatever_a_block_is(count, columns):
+    x, codebook = normal(30, 4), normal(40, 4, seed=1)
+    expected = torch.cdist(x, codebook).topk(count, largest=False).indices
+    found = nearest_codes(x, codebook, count, block=50, columns=columns)
+    assert torch.equal(found.sort(1).values, expected.sort(1).values)
 
 
 def test_on_a_tie_the_lower_code_wins():

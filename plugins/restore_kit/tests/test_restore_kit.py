@@ -13,10 +13,11 @@ from torch import nn
 
 from eff.data import load_data
 from eff.errors import DataError, EffError, RequestError
+from eff.image_quality import psnr, ssim
 from eff.schemas import TaskSpec
 from eff_restore_kit.degradations import Bicubic, Haze, Noise, depth_field
 from eff_restore_kit.features import VGGFeatures
-from eff_restore_kit.metrics import RestorationMeter, luma, psnr, ssim
+from eff_restore_kit.metrics import RestorationMeter, luma
 from eff_restore_kit.plugin import RestoreKit
 from eff_restore_kit.resize import imresize
 from eff_restore_kit.samples import scene_images

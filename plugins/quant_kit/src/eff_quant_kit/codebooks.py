@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from eff_kernels.nearest_code import nearest_code
 from eff_kernels.packing import pack_bits, unpack_bits
 
 BLOCK = 1 << 22
@@ -34,10 +35,29 @@ def nearest(x: Tensor, codebook: Tensor, count: int = 1, block: int = BLOCK) -> 
         ValueError: shapes or `count` do not fit, or a value is not finite.
     """
     _check(x, codebook, count)
+    codes = nearest_codes(x, codebook, count, block)
+    distances = torch.stack([(x - codebook[codes[:, j]]).square().sum(1) for j in range(count)], 1).sqrt()
+    if count > 1:
+        codes, distances = _in_order(codes, distances)
+    return distances, codes
+
+
+def nearest_codes(
+    x: Tensor, codebook: Tensor, count: int = 1, block: int = BLOCK, columns: int | None = None
+) -> Tensor:
+    """Return the codes (N, count) of `nearest` alone, of values that the caller knows to be finite; for inner loops.
+
+    One codeword per sub-vector is `eff_kernels.nearest_code`, which on a GPU holds no distances at all.
+
+    Args:
+        columns: codewords of one block; unset: chosen so that blocks are a few times as wide as high.
+    """
+    if count == 1:
+        return nearest_code(x, codebook, block, columns or 0)[:, None]
     k = len(codebook)
     centre = codebook.mean(0)  # close to the data, so that |x|^2 - 2 x c + |c|^2 cancels little
     points, words = x - centre, codebook - centre
-    columns = min(k, max(count, int(block**0.5) * 4))
+    columns = min(k, max(count, columns or int(block**0.5) * 4))
     rows = max(1, block // columns)
     codes = torch.empty(len(x), count, dtype=torch.int64, device=x.device)
     for start in range(0, len(x), rows):
@@ -47,9 +67,7 @@ def nearest(x: Tensor, codebook: Tensor, count: int = 1, block: int = BLOCK) -> 
         for first in range(0, k, columns):
             some = words[first : first + columns]
             distance = torch.addmm(some.square().sum(1), part, some.t(), alpha=-2)
-            value, index = (
-                distance.topk(min(count, len(some)), 1, largest=False) if count > 1 else distance.min(1, True)
-            )
+            value, index = distance.topk(min(count, len(some)), 1, largest=False)
             index = index + first
             if best is not None and chosen is not None:
                 value, index = torch.cat([best, value], 1), torch.cat([chosen, index], 1)
@@ -58,10 +76,7 @@ def nearest(x: Tensor, codebook: Tensor, count: int = 1, block: int = BLOCK) -> 
             best, chosen = value, index
         assert chosen is not None  # a codebook is not empty
         codes[start : start + rows] = chosen
-    distances = torch.stack([(x - codebook[codes[:, j]]).square().sum(1) for j in range(count)], 1).sqrt()
-    if count > 1:
-        codes, distances = _in_order(codes, distances)
-    return distances, codes
+    return codes
 
 
 def _in_order(codes: Tensor, distances: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ def write_comparison(model: nn.Module, run: Run, name: str = "comparison.png", c
         return
     from PIL import Image, ImageDraw
 
-    from eff_restore_kit.metrics import psnr
+    from eff.image_quality import psnr
 
     split = run.data.test
     rows, notes = [], []
