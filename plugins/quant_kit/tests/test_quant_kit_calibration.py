@@ -121,11 +121,6 @@ def test_nan_before_a_layer_is_named(run):
         calibration.record(model, "c")
 
 
-def test_the_same_samples_have_the_same_fingerprint_and_others_another(run):
-    with CalibrationSet(run, 40, 16) as one, CalibrationSet(run, 40, 8) as same, CalibrationSet(run, 41, 16) as other:
-        assert one.fingerprint() == same.fingerprint() != other.fingerprint()
-
-
 def test_few_samples_draw_a_warning(run):
     with CalibrationSet(run, 8, 4, plugin="quant_x"):
         assert any("8 samples" in warning for warning in run.log.warnings)

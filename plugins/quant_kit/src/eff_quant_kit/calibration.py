@@ -12,7 +12,6 @@ from one model and outputs from another belong together.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -149,14 +148,6 @@ class CalibrationSet:
         """Return the samples of `index` as one batch."""
         batch: Batch = {key: rows.read(index) for key, rows in self.columns.items()}
         return move_batch(batch, self.run.device)
-
-    def fingerprint(self) -> str:
-        """Return a short hash of the samples."""
-        digest = hashlib.sha256()
-        for key, rows in sorted(self.columns.items()):
-            digest.update(key.encode())
-            digest.update(rows.path.read_bytes())
-        return digest.hexdigest()[:16]
 
     def record(self, model: nn.Module, name: str, inputs: bool = True, outputs: bool = True) -> LayerRows:
         """Return inputs and outputs of one module of `model` over all samples, in eval mode.
