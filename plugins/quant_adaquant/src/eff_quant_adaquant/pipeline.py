@@ -170,7 +170,9 @@ class Pipeline:
             }
             self.structure.setdefault("layers", []).append(row)
 
-        return LayerUnit(self._layer(name), inputs, targets, self.activations.get(name), self.config, done)
+        layer = self._layer(name)
+        mask = self.calibration.mask_of(layer.layer, inputs)
+        return LayerUnit(layer, inputs, targets, self.activations.get(name), self.config, done, mask)
 
     # --- stages 2 and 3: bits, norms
 

@@ -138,7 +138,7 @@ class Pipeline:
         unit = RoundingUnit(
             self.model.get_submodule(name), inputs, targets, self._activation(name), config, self._done(name),
             float_inputs, self._fisher(name) if config.loss == "fisher_diag" else None, original,
-            self._whole(name, inputs) if config.loss == "head_mse" else None,
+            self._whole(name, inputs) if config.loss == "head_mse" else None, self.calibration.mask_of(original, inputs),
         )  # fmt: skip
         if fresh:
             self.nearest[name] = unit.error_nearest
@@ -222,7 +222,10 @@ class Pipeline:
         inputs = self.calibration.record(self.model, name, outputs=False).inputs
         targets = self.calibration.record(self.teacher, name, inputs=False).outputs
         assert targets is not None
-        return InputScaleUnit(self.model.get_submodule(name), inputs, targets, self._activation(name), self.config)
+        mask = self.calibration.mask_of(self.teacher.get_submodule(name), inputs)
+        return InputScaleUnit(
+            self.model.get_submodule(name), inputs, targets, self._activation(name), self.config, mask
+        )
 
     def _first_scales(self, unit: str) -> None:
         """Give the inputs of a unit's layers the scale of least squared error."""
@@ -232,7 +235,10 @@ class Pipeline:
             assert quantizer is not None
             layer.quantizes_input = False
             rows = self.calibration.record(self.model, name, outputs=False).inputs
-            x = rows.read(slice(0, min(len(rows), 64))).flatten()
+            few = slice(0, min(len(rows), 64))
+            mask = self.calibration.mask_of(layer.layer, rows)
+            x = rows.read(few)
+            x = (x if mask is None else x[mask.read(few).bool()]).flatten()
             x = x[:: max(1, x.numel() // SCALE_SAMPLES)][None]
             if not quantizer.signed and bool((x < 0).any()):
                 self.run.warn(
