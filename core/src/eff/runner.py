@@ -18,6 +18,7 @@ from torch import nn
 
 import eff
 from eff import distributed
+from eff.beginning import beginning_of, check_same_beginning
 from eff.checkpoint import check_model_file, save_checkpoint
 from eff.data.loading import check_source
 from eff.errors import DataError, PluginError, RequestError, check_all, did_you_mean, raise_problems
@@ -242,8 +243,10 @@ def apply(recipe: Recipe, out: Path, *, force: bool = False, log: Log | None = N
 def resume(folder: Path, *, log: Log | None = None) -> Report:
     """Go on with an interrupted run; the result equals that of an uninterrupted one.
 
+    The device, the number of devices, formats to export and where model and data lie may differ from then.
+
     Raises:
-        RequestError: `folder` holds no unfinished run.
+        RequestError: `folder` holds no unfinished run, or the model, the data or an option is another than when it began.
     """
     log = log or Log()
     if not (folder / RECIPE_FILE).exists():
@@ -284,6 +287,9 @@ class _Execution:
         if plan.device.type == "cpu":
             make_deterministic()
         opened = self._open()
+        began = beginning_of(opened, plan.recipe, plan.chosen, plan.train) if plan.trains else {}
+        if state is not None:
+            check_same_beginning(state.get("began"), began, plan.recipe, self.out)
         run = self._make_run(opened)
         for item in plan.chosen:
             item.method.check(opened.model, run)
@@ -296,7 +302,7 @@ class _Execution:
         if plan.changes:
             check_space(self.out, 4 * _bytes_of(opened.model))
         model = self._transform(opened, run, state)
-        training = Training(model, run, plan.plugins) if plan.trains else None
+        training = Training(model, run, plan.plugins, began) if plan.trains else None
         if first:
             self._begin(opened)
             run.keeps_files = True

@@ -12,7 +12,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,8 +154,10 @@ def make_accelerator(run: Run) -> Accelerator:
 class Training:
     """One training run: model, optimiser and position, which `save` and `load` carry over."""
 
-    def __init__(self, model: nn.Module, run: Run, plugins: Plugins):
+    def __init__(self, model: nn.Module, run: Run, plugins: Plugins, began: Mapping[str, Any] | None = None):
         self.run = run
+        self.began = began
+        """What the run began with, for the resume file."""
         run.hook = plugins.hook
         self.plugins = plugins
         self.options = run.train
@@ -226,7 +228,7 @@ class Training:
         """Write the resume file into the run folder."""
         if self.run.folder is not None and self.accelerator.is_main_process:
             structure = {chosen.name: chosen.method.structure for chosen in self.plugins.chosen}
-            save_dictionary(self.run.folder / STATE_FILE, {**self.state(), "structure": structure})
+            save_dictionary(self.run.folder / STATE_FILE, {**self.state(), "structure": structure, "began": self.began})
 
     def run_all(self) -> TrainingSummary:
         """Train to the end.

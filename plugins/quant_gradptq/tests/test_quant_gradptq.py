@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from eff.data import load_data
-from eff.errors import InterruptedRunError, RequestError, RunError, UnsupportedModelError
+from eff.errors import InterruptedRunError, RequestError, UnsupportedModelError
 from eff.models import make_task
 from eff.run import Run
 from eff.runner import apply, resume
@@ -459,10 +459,8 @@ def test_a_block_with_several_inputs_is_refused():
         calibrated(Model(), unit="block")
 
 
-def test_few_samples_and_other_data_are_spoken_of():
+def test_fewer_samples_than_a_batch_draw_a_warning():
     run = a_run()
     work = Pipeline(net(), GradPTQConfig(calib_size=16, batch=32), {}, run)
     assert any("fewer than a batch" in warning for warning in run.log.warnings)
-    with pytest.raises(RunError, match="calibration data have changed"):
-        work.load_state_dict(work.state_dict() | {"fingerprint": "other"})
     work.calibration.close()

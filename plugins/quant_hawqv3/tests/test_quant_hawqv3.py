@@ -232,6 +232,21 @@ def test_gradients_pass_rounding_and_stop_at_the_range(run):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_integers_have_the_input_gradient_of_the_fake_quantized_values(name, run):
+    net, _ = made(name, run)
+    x = images(run, 8)
+    plain = net(x)
+    x.requires_grad_(True)
+    output = net(x)
+    assert torch.equal(output, plain)  # the value is that of the integers
+    (gradient,) = torch.autograd.grad(output.square().sum(), x)
+    net.path = "simulated"
+    real = net(x)
+    (expected,) = torch.autograd.grad((2 * plain.detach() * real).sum(), x)
+    assert torch.allclose(gradient, expected, rtol=1e-5, atol=1e-6) and float(gradient.abs().amax()) > 0
+
+
 def test_live_norms_follow_the_batches_and_fixed_ones_stay(run):
     for fix in (True, False):
         net, _ = made("residual", run, fix_bn=fix)

@@ -13,9 +13,11 @@ from eff.errors import RunError, UnsupportedModelError
 from eff.models import make_task
 from eff.run import Run
 from eff.session import Plugins
-from eff_quant_kit.calibration import CalibrationSet
+from eff_quant_kit.calibration import CalibrationSet, over_padding
 from eff_quant_kit.folding import fold_batch_norms, fold_pairs
+from eff_quant_kit.layers import left_in_float
 from eff_quant_kit.neighbours import activations_after
+from eff_quant_kit.reconstruction import RowUnit
 
 
 class Branches(nn.Module):
@@ -121,9 +123,111 @@ def test_nan_before_a_layer_is_named(run):
         calibration.record(model, "c")
 
 
-def test_the_same_samples_have_the_same_fingerprint_and_others_another(run):
-    with CalibrationSet(run, 40, 16) as one, CalibrationSet(run, 40, 8) as same, CalibrationSet(run, 41, 16) as other:
-        assert one.fingerprint() == same.fingerprint() != other.fingerprint()
+class Tokens(nn.Module):
+    """Mean over the tokens of a linear layer's outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.mix, self.head = nn.Embedding(99, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, ids, mask):
+        x = self.mix(self.embedding(ids))
+        mask = mask[..., None].to(x)
+        return self.head((x * mask).sum(1) / mask.sum(1))
+
+
+class TextRun:
+    """Hands out batches whose tokens have the length of their longest text."""
+
+    device = torch.device("cpu")
+
+    def __init__(self):
+        self.made = []
+        for lengths in ((1, 3), (2, 7), (2, 4)):
+            ids = torch.zeros(2, max(lengths), dtype=torch.long)
+            for row, length in enumerate(lengths):
+                ids[row, :length] = 10 * length + torch.arange(length)
+            mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+            self.made.append({"input_ids": ids, "attention_mask": mask, "label": torch.tensor(lengths)})
+
+    def batches(self, split, samples, size):
+        return iter(self.made)
+
+    def forward(self, model, batch):
+        return model(batch["input_ids"], batch["attention_mask"])
+
+    def warn(self, message):
+        pass
+
+
+def test_tokens_of_different_lengths_are_masked_to_one_and_models_do_not_see_it():
+    run, model = TextRun(), Tokens()
+    with CalibrationSet(run, 6, 2) as calibration:
+        batches = list(calibration)
+        assert [batch["input_ids"].shape for batch in batches] == [(2, 7)] * 3
+        assert torch.equal(
+            torch.cat([batch["attention_mask"] for batch in batches]).sum(1), torch.tensor([1, 3, 2, 7, 2, 4])
+        )
+        for batch, made in zip(batches, run.made, strict=True):
+            assert torch.equal(batch["input_ids"][:, : made["input_ids"].shape[1]], made["input_ids"])
+            assert torch.equal(batch["label"], made["label"])
+            assert torch.allclose(run.forward(model, batch), run.forward(model, made), atol=1e-6)
+
+
+def test_errors_of_linear_layers_leave_padding_out():
+    run, model = TextRun(), Tokens()
+
+    class Whole(RowUnit):
+        def error(self, x, y):
+            return (x - y).square().mean()
+
+        def loss(self, iteration):
+            raise NotImplementedError
+
+        def close(self):
+            raise NotImplementedError
+
+    with CalibrationSet(run, 6, 2) as calibration:
+        rows = calibration.record(model, "mix")
+        mask = calibration.mask_of(model.mix, rows.inputs)
+        unit = Whole(rows.inputs, rows.outputs, 2, torch.device("cpu"), mask)
+        x, y = unit.read(slice(0, 6))
+        assert x.shape == y.shape == (1 + 3 + 2 + 7 + 2 + 4, 4)  # the tokens of six texts
+        tokens = torch.cat([model.embedding(made["input_ids"][made["attention_mask"].bool()]) for made in run.made])
+        assert torch.equal(x, tokens)
+        assert unit.held_out_error() == pytest.approx((tokens - model.mix(tokens)).square().mean().item(), rel=1e-5)
+        pooled = calibration.record(model, "head", outputs=False).inputs
+        assert calibration.mask_of(model.head, pooled) is None  # one row per text, no tokens
+
+
+def test_extremes_do_not_see_padding():
+    x = torch.tensor([[[1.0], [2.0], [90.0]], [[3.0], [4.0], [5.0]]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    assert over_padding(x, {"attention_mask": mask}).amax() == 5
+    assert over_padding(x, {"label": mask}) is x and over_padding(x[..., 0], {"attention_mask": mask}).amax() == 90
+
+
+def test_large_weights_that_stay_in_float_are_named_largest_first():
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(50, 8)
+            self.attention = nn.MultiheadAttention(8, 2)
+            self.up = nn.ConvTranspose2d(8, 1, 2)
+            self.fine = nn.Linear(8, 2)
+            self.position = nn.Parameter(torch.zeros(1, 4, 8))
+            self.mark = nn.Parameter(torch.zeros(1, 1, 4))
+
+    found = left_in_float(Mixed())
+    assert list(found) == [
+        "words.weight",
+        "attention.in_proj_weight",
+        "attention.out_proj.weight",
+        "position",
+        "up.weight",
+    ]
+    assert found["words.weight"].startswith("Embedding, ") and found["attention.in_proj_weight"].startswith("Multihead")
+    assert not left_in_float(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)))
 
 
 def test_few_samples_draw_a_warning(run):

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eff.data import Batch
 from eff.run import Run
 from eff_quant_adaquant.quantizer import RangeLayer, quantize_bias
-from eff_quant_kit.calibration import CalibrationSet
+from eff_quant_kit.calibration import CalibrationSet, over_padding
 from eff_quant_kit.layers import QuantLayer, name_quantizers, replace_module
 from eff_quant_kit.quantizer import Quantizer
 
@@ -26,12 +27,13 @@ def measure_inputs(model: nn.Module, calibration: CalibrationSet, run: Run) -> N
     The inputs are those of the float network: the layers' own forward is not used.
     """
     layers = range_layers(model)
+    batch: Batch = {}
     lows: dict[str, list[Tensor]] = {name: [] for name in layers}
     highs: dict[str, list[Tensor]] = {name: [] for name in layers}
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            rows = arguments[0].detach().flatten(1)
+            rows = over_padding(arguments[0].detach(), batch).flatten(1)
             lows[name].append(rows.amin(1).mean())
             highs[name].append(rows.amax(1).mean())
 

@@ -32,8 +32,9 @@ class LayerUnit(RowUnit):
         activation: str | None,
         config: AdaQuantConfig,
         done: Callable[[LayerUnit], None],
+        mask: Rows | None = None,
     ):
-        super().__init__(inputs, targets, config.batch, layer.weight_quantizer.range.device)
+        super().__init__(inputs, targets, config.batch, layer.weight_quantizer.range.device, mask)
         self.layer = layer
         self.activation = ACTIVATIONS[activation if config.relu_loss else None]
         self.config = config

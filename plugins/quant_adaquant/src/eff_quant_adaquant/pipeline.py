@@ -170,7 +170,9 @@ class Pipeline:
             }
             self.structure.setdefault("layers", []).append(row)
 
-        return LayerUnit(self._layer(name), inputs, targets, self.activations.get(name), self.config, done)
+        layer = self._layer(name)
+        mask = self.calibration.mask_of(layer.layer, inputs)
+        return LayerUnit(layer, inputs, targets, self.activations.get(name), self.config, done, mask)
 
     # --- stages 2 and 3: bits, norms
 
@@ -297,17 +299,10 @@ class Pipeline:
             "assembled": self.assembled,
             "choices": list(getattr(self, "choices", ())),
             "steps": self.steps.state_dict(),
-            "fingerprint": self.calibration.fingerprint(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken.
-
-        Raises:
-            RunError: the calibration samples are others than then.
-        """
-        if state["fingerprint"] != self.calibration.fingerprint():
-            raise RunError(f"{PLUGIN}: the calibration data have changed since this run began; start it anew")
+        """Go on where `state` was taken."""
         self.found = [dict(found) for found in state["found"]]
         self.assembled = bool(state["assembled"])
         self.steps.load_state_dict(state["steps"])

@@ -80,6 +80,7 @@ class DFPTraining(Method[DFPConfig]):
         """Put DFP layers in place of linear layers and convolutions."""
         from eff.errors import RequestError
         from eff_quant_dfp.layers import insert
+        from eff_quant_kit.layers import warn_left_in_float
 
         if run.precision != "fp32":
             raise RequestError(
@@ -88,6 +89,7 @@ class DFPTraining(Method[DFPConfig]):
         chain = self.config.chain
         if chain != "auto" and chain != self.config.products and not run.restoring:
             run.warn(f"quant_dfp: chains are pairs of products; chain={chain} becomes {self.config.products}")
+        warn_left_in_float("quant_dfp", model, run)
         return insert(model, self.config)
 
     @hookimpl(wrapper=True)

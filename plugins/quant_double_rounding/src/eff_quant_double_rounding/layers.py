@@ -16,7 +16,7 @@ from eff.run import Run
 from eff_kernels.packing import pack_bits
 from eff_quant_double_rounding.config import DoubleRoundingConfig
 from eff_quant_double_rounding.rounding import double_round, integers, limits, shifted, value
-from eff_quant_kit.layers import check_layers, execution_order, find_layers, replace_module
+from eff_quant_kit.layers import check_layers, execution_order, find_layers, replace_module, warn_left_in_float
 from eff_quant_kit.learned_steps import lsq_step
 from eff_quant_kit.packed import Packed
 from eff_quant_kit.quantizer import Quantizer
@@ -115,6 +115,7 @@ def insert(model: nn.Module, config: DoubleRoundingConfig, structure: dict[str, 
         if batch is None:
             raise DataError(f"{PLUGIN}: the training split is empty; the inputs' scales are initialised from data")
         structure["layers"] = choose_layers(model, config, run)
+        warn_left_in_float(PLUGIN, model, run)
         structure["signed"] = _signed(model, structure["layers"], lambda: run.forward(model, batch))
         norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
         both = {**{name: found[name] for name in structure["layers"]}, **norms}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from eff.errors import UnsupportedModelError
 from eff.run import Run
 from eff_quant_emq.config import EMQConfig
-from eff_quant_kit.layers import CONVOLUTIONS, check_layers, execution_order, find_layers
+from eff_quant_kit.layers import CONVOLUTIONS, check_layers, execution_order, find_layers, warn_left_in_float
 from eff_quant_kit.sensitivity import hessian_traces
 
 PLUGIN = "quant_emq"
@@ -26,6 +26,7 @@ def choose_layers(model: nn.Module, run: Run) -> tuple[list[str], list[str]]:
     """
     found = find_layers(model)
     check_layers(PLUGIN, model, found, ())
+    warn_left_in_float(PLUGIN, model, run)
     inputs = tuple(value.to(run.device) for value in run.task.example_inputs(2))
     order = execution_order(model, found, lambda: model(*inputs))
     middle = order[1:-1]

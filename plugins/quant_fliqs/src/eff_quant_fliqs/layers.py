@@ -15,7 +15,7 @@ from eff.run import Run
 from eff_kernels.packing import pack_bits
 from eff_quant_fliqs.config import FLIQSConfig
 from eff_quant_fliqs.formats import Format, best_share, magnitude, parse, quantize, scale_of
-from eff_quant_kit.layers import check_layers, execution_order, find_layers, replace_module
+from eff_quant_kit.layers import check_layers, execution_order, find_layers, replace_module, warn_left_in_float
 from eff_quant_kit.packed import Packed
 
 PLUGIN = "quant_fliqs"
@@ -108,6 +108,7 @@ def insert(model: nn.Module, config: FLIQSConfig, structure: dict[str, Any], run
             handle.remove()
         skip = tuple(dict.fromkeys((order[0], order[-1]))) if config.skip is None and order else config.skip or ()
         check_layers(PLUGIN, model, found, skip)
+        warn_left_in_float(PLUGIN, model, run)
         structure["fixed"] = list(skip)
         structure["decisions"] = decisions([name for name in order if name not in skip], config)
         structure["macs"] = {name: places[name] * found[name].weight.numel() for name in order}  # type: ignore[union-attr,operator]

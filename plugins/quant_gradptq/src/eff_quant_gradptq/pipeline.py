@@ -141,7 +141,7 @@ class Pipeline:
         unit = RoundingUnit(
             self.model.get_submodule(name), inputs, targets, self._activation(name), config, self._done(name),
             float_inputs, self._fisher(name) if config.loss == "fisher_diag" else None, original,
-            self._whole(name, inputs) if config.loss == "head_mse" else None,
+            self._whole(name, inputs) if config.loss == "head_mse" else None, self.calibration.mask_of(original, inputs),
         )  # fmt: skip
         if fresh:
             self.nearest[name] = unit.error_nearest
@@ -225,7 +225,10 @@ class Pipeline:
         inputs = self.calibration.record(self.model, name, outputs=False).inputs
         targets = self.calibration.record(self.teacher, name, inputs=False).outputs
         assert targets is not None
-        return InputScaleUnit(self.model.get_submodule(name), inputs, targets, self._activation(name), self.config)
+        mask = self.calibration.mask_of(self.teacher.get_submodule(name), inputs)
+        return InputScaleUnit(
+            self.model.get_submodule(name), inputs, targets, self._activation(name), self.config, mask
+        )
 
     def _first_scales(self, unit: str) -> None:
         """Give the inputs of a unit's layers the scale of least squared error."""
@@ -235,7 +238,10 @@ class Pipeline:
             assert quantizer is not None
             layer.quantizes_input = False
             rows = self.calibration.record(self.model, name, outputs=False).inputs
-            x = rows.read(slice(0, min(len(rows), 64))).flatten()
+            few = slice(0, min(len(rows), 64))
+            mask = self.calibration.mask_of(layer.layer, rows)
+            x = rows.read(few)
+            x = (x if mask is None else x[mask.read(few).bool()]).flatten()
             x = x[:: max(1, x.numel() // SCALE_SAMPLES)][None]
             if not quantizer.signed and bool((x < 0).any()):
                 self.run.warn(
@@ -273,17 +279,10 @@ class Pipeline:
             "scaling": self.scaling.state_dict(),
             "rows": [dict(row) for row in self.rows],
             "nearest": dict(self.nearest),
-            "fingerprint": self.calibration.fingerprint(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken.
-
-        Raises:
-            RunError: the calibration samples are others than then.
-        """
-        if state["fingerprint"] != self.calibration.fingerprint():
-            raise RunError(f"{PLUGIN}: the calibration data have changed since this run began; start it anew")
+        """Go on where `state` was taken."""
         self.rounding.load_state_dict(state["rounding"])
         self.scaling.load_state_dict(state["scaling"])
         self.rows = [dict(row) for row in state["rows"]]

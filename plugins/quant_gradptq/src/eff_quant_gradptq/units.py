@@ -64,10 +64,11 @@ class RoundingUnit(RowUnit):
         fisher: Rows | None = None,
         original: nn.Module | None = None,
         whole: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] | None = None,
+        mask: Rows | None = None,
     ):
         """Take the rows; `whole(samples)` runs the network and returns the unit's output, the network's, and the float one."""
         layers = rounding_layers(module)
-        super().__init__(inputs, targets, config.batch, layers[0].scale.device)
+        super().__init__(inputs, targets, config.batch, layers[0].scale.device, mask)
         self.module, self.layers = module, layers
         self.activation, self.config, self.done = activation, config, done
         self.float_inputs, self.fisher, self.original, self.whole = float_inputs, fisher, original, whole
@@ -145,7 +146,7 @@ class RoundingUnit(RowUnit):
             return distance("mse", self.activation(out), self.activation(y)) + distance("mse", logits, float_logits)
         x, y = self.read(rows)
         x, y = self._augmented(rows, x, y)
-        weight = None if self.fisher is None else self.fisher.read(rows).to(self.device)
+        weight = None if self.fisher is None else self.select(self.fisher, rows)
         return distance(self.kind, self.activation(self.run_module(x)), self.activation(y), weight)
 
     def _augmented(self, rows: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,7 +155,7 @@ class RoundingUnit(RowUnit):
             return x, y
         if how == "qdrop":  # each entry from the float or the quantized network
             assert self.float_inputs is not None
-            float_x = self.float_inputs.read(rows).to(self.device)
+            float_x = self.select(self.float_inputs, rows)
             return torch.where(torch.rand_like(x) < 0.5, float_x, x), y
         assert self.original is not None
         if how == "noise":
@@ -185,9 +186,10 @@ class InputScaleUnit(RowUnit):
         targets: Rows,
         activation: Callable[[Tensor], Tensor],
         config: GradPTQConfig,
+        mask: Rows | None = None,
     ):
         self.layers = rounding_layers(module)
-        super().__init__(inputs, targets, config.batch, self.layers[0].scale.device)
+        super().__init__(inputs, targets, config.batch, self.layers[0].scale.device, mask)
         self.module, self.activation, self.config = module, activation, config
         scales = [layer.input_quantizer.scale for layer in self.layers if layer.input_quantizer is not None]
         self.optimizer = torch.optim.Adam(scales, lr=config.act_lr)

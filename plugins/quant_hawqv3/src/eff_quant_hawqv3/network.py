@@ -192,12 +192,17 @@ class Network(nn.Module):
             self.ranges[row] = momentum * self.ranges[row] + (1 - momentum) * new
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the outputs (N, ...) in float32."""
+        """Return the outputs (N, ...) in float32; on integers with the gradient of the fake-quantized values."""
         if self.training or self.path != "integers":
             return Real(self).run(x)
-        value = Codes(self).run(x)
-        scale = value.scale
-        return (value.x * scale.reshape(1, -1, *[1] * (value.x.ndim - 2)) if scale.ndim else value.x * scale).float()
+        with torch.no_grad():
+            value = Codes(self).run(x)
+            scale = value.scale.reshape(1, -1, *[1] * (value.x.ndim - 2)) if value.scale.ndim else value.scale
+            output = (value.x * scale).float()
+        if torch.is_grad_enabled() and x.requires_grad:  # attacks and saliency: integers alone have no gradient
+            real = Real(self).run(x)
+            output = output + (real - real.detach())  # the value stays that of the integers, bit for bit
+        return output
 
 
 def _key(name: str) -> str:

@@ -4,6 +4,9 @@ Everything that grows with the number of samples lies in files that are mapped i
 one batch; the rest is the operating system's to keep or to drop. Rows have the same order in every recording, so inputs
 from one model and outputs from another belong together.
 
+Texts come in batches of different lengths; where there is an attention mask, all tokens are brought to the longest length,
+masked: models do not see the padding, and errors of linear layers leave it out (`mask_of`).
+
     with CalibrationSet(run, samples=256, batch_size=32) as calibration:
         cache = calibration.record(float_model, "conv1")              # inputs (N, ...) and outputs (N, ...)
         inputs = calibration.record(quantized_model, "conv1", outputs=False).inputs
@@ -12,7 +15,6 @@ from one model and outputs from another belong together.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +29,8 @@ from eff.run import Run
 
 FEW = 32
 """Fewer samples than this draw a warning."""
+MASK = "attention_mask"
+"""The column that says which tokens are there (1) and which are padding (0)."""
 
 
 class Rows:
@@ -104,13 +108,48 @@ class CalibrationSet:
         for batch in run.batches(split, samples, batch_size):
             self.sizes.append(batch_size_of(batch))
             self.plain.append({key: value for key, value in batch.items() if not isinstance(value, Tensor)})
-            for key, value in batch.items():
-                if isinstance(value, Tensor):
-                    self.columns.setdefault(key, Rows(self.folder, f"batch-{key}")).append(value)
+            self._append({key: value for key, value in batch.items() if isinstance(value, Tensor)})
         if not self.sizes:
             raise DataError(f"{plugin}: the {split} split is empty; it is calibrated on data, use ?{split}=N above 0")
         if len(self) < FEW:
             run.warn(f"{plugin}: calibrates on {len(self)} samples; below {FEW} the result depends on which they are")
+
+    def _append(self, batch: dict[str, Tensor]) -> None:
+        """Write a batch; columns of tokens, those as long as the mask, to the longest length so far."""
+        if MASK in batch and self.columns:
+            have, new = self.columns[MASK].shape[0], batch[MASK].shape[1]
+            length = max(have, new)
+            batch = {
+                key: _lengthened(value, length) if value.ndim > 1 and value.shape[1] == new else value
+                for key, value in batch.items()
+            }
+            if have < length:
+                for key in [key for key, rows in self.columns.items() if rows.shape[:1] == (have,)]:
+                    self._rewrite(key, lambda value: _lengthened(value, length))
+        for key, value in batch.items():
+            if key not in self.columns:
+                self.columns[key] = Rows(self.folder, f"batch-{key}")
+            self.columns[key].append(value)
+
+    def _rewrite(self, key: str, change: Callable[[Tensor], Tensor]) -> None:
+        """Change a column, some rows at a time."""
+        rows = self.columns[key]
+        changed = Rows(self.folder, f"{rows.path.name}.")
+        for start in range(0, len(rows), self.batch_size):
+            changed.append(change(rows.read(slice(start, start + self.batch_size))))
+        rows.drop()
+        self.columns[key] = changed
+
+    def mask_of(self, module: nn.Module, inputs: Rows) -> Rows | None:
+        """Return which of a linear layer's recorded inputs are tokens (N, L), 0 where padding; None: all are, or unknown.
+
+        Other layers mix tokens, so that their padding cannot be left out.
+        """
+        mask = self.columns.get(MASK)
+        weight = getattr(module, "weight", None)
+        if mask is None or weight is None or weight.ndim != 2 or len(inputs) != len(mask):
+            return None
+        return mask if len(inputs.shape) == 2 and inputs.shape[:1] == mask.shape else None
 
     def __enter__(self) -> CalibrationSet:
         return self
@@ -135,28 +174,14 @@ class CalibrationSet:
 
     def replace(self, change: Callable[[Tensor], Tensor]) -> None:
         """Change the floating-point inputs (two dimensions or more), batch by batch."""
-        for key, rows in self.columns.items():
+        for key, rows in list(self.columns.items()):
             if rows.dtype.is_floating_point and len(rows.shape):
-                changed = Rows(self.folder, f"changed-{key}")
-                start = 0
-                for size in self.sizes:
-                    changed.append(change(rows.read(slice(start, start + size))))
-                    start += size
-                rows.drop()
-                self.columns[key] = changed
+                self._rewrite(key, change)
 
     def draw(self, index: Tensor) -> Batch:
         """Return the samples of `index` as one batch."""
         batch: Batch = {key: rows.read(index) for key, rows in self.columns.items()}
         return move_batch(batch, self.run.device)
-
-    def fingerprint(self) -> str:
-        """Return a short hash of the samples."""
-        digest = hashlib.sha256()
-        for key, rows in sorted(self.columns.items()):
-            digest.update(key.encode())
-            digest.update(rows.path.read_bytes())
-        return digest.hexdigest()[:16]
 
     def record(self, model: nn.Module, name: str, inputs: bool = True, outputs: bool = True) -> LayerRows:
         """Return inputs and outputs of one module of `model` over all samples, in eval mode.
@@ -197,6 +222,20 @@ class CalibrationSet:
             handle.remove()
             model.train(was_training)
         return LayerRows(taken, made)
+
+
+def _lengthened(value: Tensor, length: int) -> Tensor:
+    """Return (N, L, ...) with zeros up to `length`; as a token's number any would do, the mask is 0 there."""
+    missing = value.new_zeros(len(value), length - value.shape[1], *value.shape[2:])
+    return torch.cat([value, missing], 1)
+
+
+def over_padding(x: Tensor, batch: Batch) -> Tensor:
+    """Return `x` (N, L, features) with each sample's first token in place of its padding, for extremes; else `x`."""
+    mask = batch.get(MASK)
+    if mask is None or x.ndim != 3 or x.shape[:2] != mask.shape:
+        return x
+    return torch.where(mask[..., None].bool(), x, x[:, :1])
 
 
 class _Reached(Exception):

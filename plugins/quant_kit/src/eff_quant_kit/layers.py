@@ -10,9 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eff.errors import ConfigError, UnsupportedModelError, did_you_mean
+from eff.run import Run
 from eff_quant_kit.quantizer import Quantizer
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+LARGE = 0.01
+"""Weights with at least this share of a model's parameters are named where they stay in float."""
+NAMED = 5
+"""Names in one warning."""
 
 
 class QuantLayer(nn.Module):
@@ -90,16 +95,31 @@ def find_layers(model: nn.Module, matmuls: bool = False) -> dict[str, nn.Module]
     }
 
 
-def unquantizable(model: nn.Module, layers: Iterable[str]) -> dict[str, str]:
-    """Return modules with weight matrices of their own that are none of `layers`, by name with their type."""
-    taken = set(layers)
-    return {
-        name: type(module).__name__
-        for name, module in model.named_modules()
-        if name not in taken
-        and not name.startswith(tuple(f"{other}." for other in taken))
-        and any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
-    }
+def left_in_float(model: nn.Module) -> dict[str, str]:
+    """Return large weight matrices outside of the layers that can be quantized, the largest first.
+
+    Embeddings, transposed convolutions, what is inside nn.MultiheadAttention, and bare parameters.
+
+    Returns:
+        By name of the weight its module's type and its share of the model's parameters; shares below `LARGE` are left out.
+    """
+    layers = find_layers(model)
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    found = {}
+    for name, parameter in model.named_parameters():
+        owner = name.rpartition(".")[0]
+        if owner not in layers and parameter.ndim > 1 and parameter.numel() >= LARGE * whole:
+            share = 100 * parameter.numel() / whole
+            found[name] = (share, f"{type(model.get_submodule(owner)).__name__}, {share:.0f} % of the parameters")
+    return {name: found[name][1] for name in sorted(found, key=lambda name: -found[name][0])}
+
+
+def warn_left_in_float(plugin: str, model: nn.Module, run: Run) -> None:
+    """Name the large weights that stay in float; call it on the float model. Says nothing where one is rebuilt."""
+    if not run.restoring and (others := left_in_float(model)):
+        named = "; ".join(f"{name} ({what})" for name, what in list(others.items())[:NAMED])
+        more = f"; and {len(others) - NAMED} more" if len(others) > NAMED else ""
+        run.warn(f"{plugin}: left in float: {named}{more}")
 
 
 def check_layers(plugin: str, model: nn.Module, layers: dict[str, nn.Module], exclude: Sequence[str]) -> None:

@@ -25,6 +25,7 @@ from eff_quant_kit.layers import (
     name_quantizers,
     quant_layers,
     replace_module,
+    warn_left_in_float,
 )
 from eff_quant_kit.observers import minmax_affine, minmax_symmetric, mse_affine
 from eff_quant_kit.quantizer import Quantizer
@@ -74,6 +75,7 @@ def insert_quantizers(
     """
     found = find_layers(model, config.matmuls)
     check_layers(plugin, model, {n: m for n, m in found.items() if not is_matmul(m)}, config.exclude)
+    warn_left_in_float(plugin, model, run)
     if not run.restoring:
         batch = next(iter(run.batches("train", config.init_batch, config.init_batch)), None)
         if batch is None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from eff.run import Run
 from eff_quant_kit.folding import Folded, fold_batch_norms, fold_pairs
-from eff_quant_kit.layers import check_layers, execution_order, find_layers, unquantizable
+from eff_quant_kit.layers import check_layers, execution_order, find_layers, warn_left_in_float
 from eff_quant_kit.neighbours import Activation, activations_after
 
 
@@ -49,6 +49,7 @@ def prepare(
     model.eval()
     found = find_layers(model)
     check_layers(plugin, model, found, exclude)
+    warn_left_in_float(plugin, model, run)
     if run.restoring:
         modules = dict(model.named_modules())
         folded = tuple(_record(modules, *pair) for pair in structure["folded"])
@@ -59,9 +60,6 @@ def prepare(
             run.warn(f"{plugin}: batch norm {name} is left as it is: {reason}")
         folded = folding.folded
         structure["folded"] = folding.pairs
-        if others := unquantizable(model, found):
-            named = ", ".join(f"{name} ({kind})" for name, kind in list(others.items())[:5])
-            run.warn(f"{plugin}: left in float: {named}" + (f" and {len(others) - 5} more" if len(others) > 5 else ""))
     layers = {name: module for name, module in found.items() if name not in exclude}
     return Prepared(folded, layers, execution_order(model, layers, forward), activations_after(layers, forward))
 

@@ -36,10 +36,17 @@ HELD_OUT = 10
 
 
 class RowUnit(Unit):
-    """A unit that is fed recorded inputs and compared with recorded outputs."""
+    """A unit that is fed recorded inputs and compared with recorded outputs.
 
-    def __init__(self, inputs: Rows, targets: Rows, batch: int, device: torch.device):
-        self.inputs, self.targets = inputs, targets
+    Args:
+        inputs, targets: the rows.
+        batch: rows per step.
+        device: where the unit computes.
+        mask: for rows of tokens (L, features) those that are no padding (L); None: all.
+    """
+
+    def __init__(self, inputs: Rows, targets: Rows, batch: int, device: torch.device, mask: Rows | None = None):
+        self.inputs, self.targets, self.mask = inputs, targets, mask
         self.batch = batch
         self.device = device
         self.rows = max(1, len(inputs) - len(inputs) // HELD_OUT)
@@ -51,7 +58,12 @@ class RowUnit(Unit):
 
     def read(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
         """Return inputs and float outputs of some rows."""
-        return self.inputs.read(index).to(self.device), self.targets.read(index).to(self.device)
+        return self.select(self.inputs, index), self.select(self.targets, index)
+
+    def select(self, rows: Rows, index: Tensor | slice) -> Tensor:
+        """Return some rows, on the device; with a mask their tokens (n, features) without the padding."""
+        values = rows.read(index)
+        return (values if self.mask is None else values[self.mask.read(index).bool()]).to(self.device)
 
     def draw(self) -> tuple[Tensor, Tensor]:
         """Return a random batch of the rows to train on."""
@@ -62,8 +74,9 @@ class RowUnit(Unit):
         start = self.rows if self.rows < len(self.inputs) else 0
         pieces = in_pieces(self.inputs, start, len(self.inputs), self.batch)
         with torch.no_grad():
-            sums = [float(self.error(*self.read(piece))) * (piece.stop - piece.start) for piece in pieces]
-        return sum(sums) / (len(self.inputs) - start)
+            read = (self.read(piece) for piece in pieces)
+            errors = [(float(self.error(x, y)), len(x)) for x, y in read]
+        return sum(error * count for error, count in errors) / sum(count for _, count in errors)
 
     def drop(self) -> None:
         """Delete the rows."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from eff.errors import ConfigError, UnsupportedModelError
 from eff.run import Run
 from eff_quant_kit.codebook_layers import CodebookLinear
-from eff_quant_kit.layers import check_layers, execution_order, find_layers, replace_module
+from eff_quant_kit.layers import check_layers, execution_order, find_layers, replace_module, warn_left_in_float
 from eff_quant_lr2vq.block import Coded, LowRank, to_groups
 from eff_quant_lr2vq.config import LR2VQConfig
 from eff_quant_lr2vq.rank import approximation_error, knee, measured_errors, predicted_errors, spectrum
@@ -52,6 +52,7 @@ def choose_layers(model: nn.Module, config: LR2VQConfig, run: Run) -> list[str]:
     """Return the names of the layers to replace."""
     layers = find_layers(model)
     check_layers(PLUGIN, model, layers, config.skip or ())
+    warn_left_in_float(PLUGIN, model, run)
     skip: Sequence[str] | None = config.skip
     if skip is None:
         order = execution_order(model, layers, lambda: model(*_example(run)))
