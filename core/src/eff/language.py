@@ -77,7 +77,7 @@ class LanguageModeling(Task[LanguageModelingOptions]):
     options_type = LanguageModelingOptions
     headline = "perplexity"
     hub_class = "AutoModelForCausalLM"
-    input_names = INPUTS
+    input_names = INPUTS[:1]
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -107,21 +107,22 @@ class LanguageModeling(Task[LanguageModelingOptions]):
         return LanguageModelingMeter()
 
     def example_inputs(self, samples: int) -> tuple[Tensor, ...]:
-        """Return seeded random ids (samples, length) and a mask of ones."""
+        """Return seeded random ids (samples, length); what stands second differs between architectures."""
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(self.tokenizer.size, (samples, self.options.length), generator=generator)
-        return ids, torch.ones_like(ids)
+        return (torch.randint(self.tokenizer.size, (samples, self.options.length), generator=generator),)
 
-    def module_inputs(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Return ids and mask."""
-        return batch["input_ids"], batch["attention_mask"]
+    def module_inputs(self, batch: Batch) -> tuple[Tensor, ...] | None:
+        """Return the ids; None where there is padding, which ids alone do not say."""
+        return (batch["input_ids"],) if bool(batch["attention_mask"].all()) else None
 
     def predict(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the likeliest continuation, (N, tokens): with the model's own `generate` where it has one."""
-        ids, mask = (batch[name] for name in INPUTS)
+        ids: Tensor = batch["input_ids"]
+        mask: Tensor = batch["attention_mask"]
         steps = self._continuation
         if hasattr(model, "generate"):
-            out: Tensor = model.generate(
+            generate: Any = model.generate
+            out: Tensor = generate(
                 input_ids=ids, attention_mask=mask, max_new_tokens=steps, do_sample=False,
                 pad_token_id=self.tokenizer.pad,
             )  # fmt: skip

@@ -61,6 +61,7 @@ SHIPPED = (
     "quant_lsq",
     "quant_quest",
     "quant_vq4dit",
+    "quant_zipcache",
     "restore_deanet",
     "train_adamp",
 )

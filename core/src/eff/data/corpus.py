@@ -100,7 +100,7 @@ def load_corpus(spec: DataSpec, task: TaskSpec | None) -> Data:
 
 def python_documentation() -> str:
     """Return the language reference that ships with Python, topic after topic, in alphabetical order."""
-    from pydoc_data.topics import topics  # type: ignore[import-untyped]
+    from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
 
