@@ -104,7 +104,7 @@ def by_loop(query, keys, visible, rows, used, scale, config):
     return torch.from_numpy(score)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     length=st.integers(1, 12), padding=st.integers(0, 5), old=st.integers(0, 4), seed=st.integers(0, 99),
     metric=st.sampled_from(["normalized", "accumulated"]), nnz=st.sampled_from(["probe", "full"]),
@@ -136,7 +136,7 @@ def test_the_plain_causal_mask_is_that_of_a_square():
     assert plain.per_column().tolist() == [[6, 6, 6, 5, 4, 3, 2, 1]]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     counts=st.lists(st.integers(0, 60), min_size=1, max_size=3), recent=st.sampled_from([0.0, 0.05, 0.5, 1.0]),
     drawn=st.sampled_from([0.05, 0.5, 1.0]), seed=st.integers(0, 99),
@@ -356,17 +356,17 @@ def test_eight_bits_are_nearly_the_float_cache_also_behind_padding(make):
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 @torch.inference_mode()
 def test_generate_goes_through_the_compressed_cache(make):
-    model = compress(make(), ZipCacheConfig(streaming_gap=5))
+    model = compress(make(), ZipCacheConfig(streaming_gap=3))
     text, mask = ids(2, 24), torch.ones(2, 24, dtype=torch.long)
     mask[0, :6] = 0
-    options = {"attention_mask": mask, "max_new_tokens": 12, "pad_token_id": 0, "return_dict_in_generate": True}
+    options = {"attention_mask": mask, "max_new_tokens": 8, "pad_token_id": 0, "return_dict_in_generate": True}
     out = model.generate(text, do_sample=False, output_logits=True, **options)
     cache = out.past_key_values
-    assert isinstance(cache, ZipCache) and cache.get_seq_length() == 35 and len(cache.layers[0].segments) == 3
+    assert isinstance(cache, ZipCache) and cache.get_seq_length() == 31 and len(cache.layers[0].segments) == 3
     fresh = model.make_cache()
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     logits = [model(input_ids=text, attention_mask=mask, position_ids=positions, past_key_values=fresh).logits[:, -1]]
-    for step in range(24, 35):
+    for step in range(24, 31):
         mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
         position = mask.sum(1, keepdim=True) - 1
         new = out.sequences[:, step : step + 1]
@@ -374,8 +374,13 @@ def test_generate_goes_through_the_compressed_cache(make):
             model(input_ids=new, attention_mask=mask, position_ids=position, past_key_values=fresh).logits[:, -1]
         )
     torch.testing.assert_close(torch.stack(out.logits), torch.stack(logits), rtol=1e-4, atol=1e-4)
-    beams = model.generate(text, num_beams=3, do_sample=False, **options)
-    assert beams.sequences.shape == (2, 36) and isinstance(beams.past_key_values, ZipCache)
+
+
+@torch.inference_mode()
+def test_beam_search_takes_the_cache_along():
+    model, text = compress(llama(), ZipCacheConfig(streaming_gap=3)), ids(2, 24)
+    beams = model.generate(text, num_beams=2, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+    assert beams.sequences.shape == (2, 29) and isinstance(beams.past_key_values, ZipCache)
 
 
 @torch.inference_mode()
@@ -467,19 +472,19 @@ def test_a_file_that_is_no_cache_is_refused(tmp_path):
 
 
 def recipe(model="zoo:llama_tiny?dim=16&heads=2&kv_heads=1&hidden=32", options=None, **changes):
-    use = MethodUse(name=EFF_PLUGIN, options=options or {"streaming_gap": 10})
-    return Recipe(model=model, data="corpus?length=48&train=8&test=8", methods=(use,), device="cpu", **changes)
+    use = MethodUse(name=EFF_PLUGIN, options=options or {"streaming_gap": 8})
+    return Recipe(model=model, data="corpus?length=32&train=4&test=4", methods=(use,), device="cpu", **changes)
 
 
 def test_a_run_measures_writes_a_cache_and_is_used_again(tmp_path):
     pytest.importorskip("eff_zoo", reason="needs eff-zoo")
     report = apply(recipe(), tmp_path / "run")
     values = report.after.metrics.values
-    assert values["cache_kl"].value > 0 and values["prompt_compression_ratio"].value > 1
+    assert values["cache_kl"].value > 0 and values["compression_ratio"].value > values["ratio_with_recent"].value
     assert 50 < values["salience_recall"].value <= 100
     assert "cache_kl" not in report.before.metrics.values
     cache, text = load_cache(tmp_path / "run" / "model.kvcache")
-    assert cache.get_seq_length() == text.shape[1] == 48
+    assert cache.get_seq_length() == text.shape[1] == 32
     request = UseRequest(str(tmp_path / "run"), device="cpu")
     assert evaluate(request).metrics.values["cache_kl"].value == pytest.approx(values["cache_kl"].value)
     (tmp_path / "prompt.txt").write_text("The import statement", encoding="utf-8")

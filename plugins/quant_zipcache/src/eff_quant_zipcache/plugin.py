@@ -80,8 +80,8 @@ class ZipCache(Method[ZipCacheConfig]):
     )
     sample: ClassVar = Sample(
         model="zoo:llama_tiny?dim=16&heads=2&kv_heads=1&hidden=32",
-        data="corpus?length=48&train=8&test=8",
-        options={"streaming_gap": 10},
+        data="corpus?length=32&train=4&test=4",
+        options={"streaming_gap": 8},
     )
 
     @hookimpl
