@@ -67,8 +67,14 @@ REFUSED = {
     **{
         (name, "Llama"): "is for"
         for name in (
-            "quant_double_rounding", "quant_gaqat", "quant_emq", "quant_hawqv3", "quant_biadapter", "quant_quest",
-            "quant_efficientdm", "quant_vq4dit",
+            "quant_double_rounding",
+            "quant_gaqat",
+            "quant_emq",
+            "quant_hawqv3",
+            "quant_biadapter",
+            "quant_quest",
+            "quant_efficientdm",
+            "quant_vq4dit",
         )
     },
     ("quant_hawqv3", "ViT"): "no integer form for .*(GELU|LayerNorm)|cannot be traced",

@@ -377,6 +377,15 @@ def test_generate_goes_through_the_compressed_cache(make):
 
 
 @torch.inference_mode()
+def test_half_precision_stays_half_precision():
+    model, text = compress(llama(), PRECISE).to(torch.bfloat16), ids()
+    output = model(input_ids=text)
+    assert output.logits.dtype == torch.bfloat16 == output.past_key_values.layers[0].dequantized()[0].dtype
+    exact = model(input_ids=text, use_cache=False).logits
+    assert float((output.logits - exact).abs().mean()) < 0.05 * float(exact.float().std())
+
+
+@torch.inference_mode()
 def test_beam_search_takes_the_cache_along():
     model, text = compress(llama(), ZipCacheConfig(streaming_gap=3)), ids(2, 24)
     beams = model.generate(text, num_beams=2, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
@@ -394,8 +403,9 @@ def test_generation_with_a_plain_cache_or_none_is_that_of_the_plain_model():
     torch.testing.assert_close(model(input_ids=text, use_cache=False).logits, plain(input_ids=text).logits)
 
 
-def test_training_compresses_nothing():
-    plain, model, text = llama().train(), compress(llama(), ZipCacheConfig()).train(), ids()
+@pytest.mark.parametrize("mode", [True, False])
+def test_where_gradients_are_recorded_nothing_is_compressed(mode):
+    plain, model, text = llama().train(mode), compress(llama(), ZipCacheConfig()).train(mode), ids()
     for item in (plain, model):
         item(input_ids=text, labels=text).loss.backward()
     torch.testing.assert_close(

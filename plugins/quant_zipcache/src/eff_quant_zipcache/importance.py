@@ -3,7 +3,7 @@
     p_i = sum over probes r of A[r, i],   p~_i = p_i / nnz_i,   nnz_i = number of probes whose mask admits i
 
 with A = softmax(Q K^T * scale + mask) in float32. The sum alone favours early tokens, which more queries see. Probes are
-the newest queries and some drawn from the earlier ones with replacement (paper, section 4.3; the released code divides by
+the newest queries and some drawn from the earlier ones with replacement (the paper's formula; the released code divides by
 the number of *all* queries that see a token, which with probes favours late ones: `nnz="full"`).
 """
 

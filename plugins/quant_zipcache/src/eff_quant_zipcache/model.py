@@ -19,7 +19,8 @@ class Compressed:
 
     `generate` makes one. A plain call in evaluation mode reads the text as generation would: the first `prefill` share at
     once, the rest in steps of `streaming_gap` tokens, each of which sees the earlier ones through the compressed cache and
-    its own step's in float, as in decoding one by one. With `use_cache=False`, and while training, nothing is compressed.
+    its own step's in float, as in decoding one by one. With `use_cache=False`, in training mode and where gradients are
+    recorded (codes have none), nothing is compressed.
     """
 
     zip_config: ZipCacheConfig
@@ -45,7 +46,8 @@ class Compressed:
         **kwargs: Any,
     ) -> Any:
         """Return what the model returns; without a cache, that of a text read through one."""
-        if self.training or input_ids is None or past_key_values is not None or use_cache is False:
+        is_exact = self.training or torch.is_grad_enabled() or use_cache is False
+        if is_exact or input_ids is None or past_key_values is not None:
             return super().forward(  # type: ignore[misc]
                 input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values,
                 use_cache=use_cache, **kwargs,
