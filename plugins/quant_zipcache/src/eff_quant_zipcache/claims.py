@@ -1,7 +1,8 @@
 """The paper's claims at desk scale: the quantizers, the score of salience, and a task that needs single tokens.
 
 `quantizers`: 512 tokens of 256 standard normal channels, 8 of them times 10. `planted`: 200 tokens, 20 of which at random
-places get more attention from every query that sees them. `retrieval`: see `retrieval.py`.
+places get more attention from every query that sees them. `retrieval`: see `retrieval.py`. `language`: a Llama of two
+layers trained on Python's documentation reads held-out text, half of it through the cache.
 """
 
 from __future__ import annotations
@@ -10,13 +11,23 @@ import torch
 from torch import Tensor
 
 from eff.claims import ClaimRun
+from eff.data import load_data
+from eff.models import build_model, make_task, parse_source
+from eff.run import Run
+from eff.schemas import CORE_TRAINING, TrainOptions
 from eff.seeding import named_generator
+from eff.session import Plugins
+from eff.training import Training
 from eff_kernels.kv_quant import kv_dequantize, kv_quantize_parts, quantize
 from eff_quant_zipcache.config import ZipCacheConfig
 from eff_quant_zipcache.importance import Mask, Probes, all_rows, choose_probes, importance, least
-from eff_quant_zipcache.retrieval import measure
+from eff_quant_zipcache.model import compress
+from eff_quant_zipcache.report import divergence
+from eff_quant_zipcache.retrieval import SETTINGS, measure
 
 GROUP = 32
+LENGTH, TRAINED, TESTED = 256, 480, 32
+RECIPE = TrainOptions(epochs=2, batch_size=16, optimizer="adamw", lr=5e-3)
 
 
 def quantizers(run: ClaimRun) -> dict[str, list[float]]:
@@ -89,3 +100,39 @@ def planted_recall(seed: int, length: int = 200, count: int = 20, boost: float =
 def retrieval(run: ClaimRun) -> dict[str, list[float]]:
     """Return exactly retrieved values in %, bytes and ratios by cache and seed."""
     return run.by_seed("retrieval", measure)
+
+
+def language(run: ClaimRun) -> dict[str, list[float]]:
+    """Return the divergence from the float cache, perplexity, bytes and ratio by cache and seed."""
+    return run.by_seed("language", language_model)
+
+
+def language_model(seed: int, trained: int = TRAINED, tested: int = TESTED) -> dict[str, float]:
+    """Return what each cache does to a language model on held-out text, over the tokens that are read through it."""
+    data = load_data(f"corpus?length={LENGTH}&train={trained}&test={tested}&seed={seed}")
+    plugins = Plugins()
+    run = Run(
+        make_task(data.task, plugins), torch.device("cpu"), seed, data, train=RECIPE.over(CORE_TRAINING), training=True
+    )
+    model = build_model(parse_source("zoo:llama_tiny"), run, plugins)
+    Training(model, run, plugins).run_all()
+    compress(model.eval(), ZipCacheConfig())
+    ids = data.split("test").batch(range(tested))["input_ids"]
+    half = LENGTH // 2
+
+    def perplexity(logits: Tensor) -> float:
+        pairs = logits[:, half:-1].flatten(0, 1), ids[:, half + 1 :].flatten()
+        return float(torch.nn.functional.cross_entropy(*pairs).exp())
+
+    with torch.inference_mode():
+        exact = model(input_ids=ids, use_cache=False).logits
+        found = {"fp_perplexity": perplexity(exact)}
+        for name, config in SETTINGS.items():
+            model.zip_config = config  # type: ignore[assignment]
+            logits = model(input_ids=ids).logits
+            found[name] = 1000 * divergence(exact[:, half:].flatten(0, 1), logits[:, half:].flatten(0, 1))
+            found[f"{name}_perplexity"] = perplexity(logits)
+            cache = model.make_cache()  # type: ignore[operator]
+            model(input_ids=ids[:1], past_key_values=cache)
+            found[f"{name}_ratio"] = cache.compression_ratio()
+    return found

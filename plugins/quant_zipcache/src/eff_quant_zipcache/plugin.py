@@ -62,6 +62,21 @@ class ZipCache(Method[ZipCacheConfig]):
             minutes=0.1,
         ),
         Claim(
+            id="language",
+            statement="At equal bytes averaged scores keep a language model nearer the float cache than sums, both than 2 bits.",
+            run="eff_quant_zipcache.claims:language",
+            checks=(
+                Check(left="normalized", right="accumulated", relation="at_most"),
+                Check(left="accumulated", right="bits2", relation="at_most"),
+                Check(left="bits4", right="normalized", relation="at_most"),
+            ),
+            paper="As for retrieval; the paper reports no divergence.",
+            unit="KL, 1/1000 nat",
+            units={"perplexity": "", "ratio": "x"},
+            seeds=(0, 1, 2),
+            minutes=2,
+        ),
+        Claim(
             id="retrieval",
             statement="At equal bytes averaged scores retrieve at least as many values as sums, and both more than 2 bits.",
             run="eff_quant_zipcache.claims:retrieval",
