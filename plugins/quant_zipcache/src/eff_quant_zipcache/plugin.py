@@ -91,7 +91,7 @@ class ZipCache(Method[ZipCacheConfig]):
             unit="% exact",
             units={"bytes": "B", "ratio": "x"},
             seeds=(0, 1, 2),
-            minutes=8,
+            minutes=10,
         ),
     )
     sample: ClassVar = Sample(
