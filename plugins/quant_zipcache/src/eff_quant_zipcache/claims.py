@@ -26,7 +26,7 @@ from eff_quant_zipcache.report import divergence
 from eff_quant_zipcache.retrieval import SETTINGS, measure
 
 GROUP = 32
-LENGTH, TRAINED, TESTED = 256, 480, 32
+LENGTH, TRAINED, TESTED = 256, 800, 32
 RECIPE = TrainOptions(epochs=2, batch_size=16, optimizer="adamw", lr=5e-3)
 
 
