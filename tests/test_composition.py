@@ -22,6 +22,7 @@ from eff_quant_kit.layers import quant_layers
 
 CNN = ("eff.testing.samples:tiny_cnn", "eff.testing.samples:blobs")
 VIT = ("zoo:vit_micro?depth=2", "digits?train=128&test=64")
+LLAMA = ("zoo:llama_tiny?dim=16&heads=2&kv_heads=1&hidden=32", "corpus?length=48&train=16&test=8")
 FEW_CLIENTS = {"rounds": 2, "n_clients": 4, "active_ratio": 0.5, "local_epochs": 1, "batch_size": 16}
 OPTIONS = {
     "fl_fedspeed": FEW_CLIENTS,
@@ -150,6 +151,14 @@ REFUSED = [
     ("fl_fedspeed,train_adamp", CNN, "name the federated method last"),
     ("quant_lsq,quant_lsq", CNN, "quant_lsq is named twice"),
 ]
+
+
+def test_a_cache_is_compressed_behind_quantized_weights(tmp_path):
+    apply(recipe("quant_lsq", LLAMA), tmp_path / "weights")
+    report = apply(recipe("quant_zipcache", (str(tmp_path / "weights"), LLAMA[1])), tmp_path / "run")
+    again = evaluate(UseRequest(str(tmp_path / "run"), device="cpu"))
+    assert {"mean_weight_bits", "cache_kl"} <= again.metrics.values.keys()
+    assert again.metrics.values["perplexity"] == report.after.metrics.values["perplexity"]
 
 
 @pytest.mark.parametrize(("names", "source", "reason"), REFUSED, ids=[row[0] for row in REFUSED])

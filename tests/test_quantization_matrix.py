@@ -22,6 +22,7 @@ OPTIONS = {
     "quant_hawqv3": {"bits": "mixed", "trace_draws": 2, "trace_samples": 32, "calibration_samples": 32, "exclude": ["shared"]},
     "quant_double_rounding": {"bits": [8, 4]},
     "quant_biadapter": {"placement": "lora", "dim": 2, "epochs": 1, "warmup": 0},
+    "quant_zipcache": {"streaming_gap": 10},
 }  # fmt: skip
 
 
@@ -49,12 +50,14 @@ MODELS = {
     "branches, shared layers, functions": ("branchy_for_the_matrix:Branchy", "digits?train=64&test=64"),
     "ViT": ("zoo:vit_micro?depth=2&dim=16&heads=2", "digits?train=64&test=64"),
     "BERT": ("zoo:text_tiny", "eff_peft_paca.sentences:sentences?train=64&test=32"),
+    "Llama": ("zoo:llama_tiny?dim=16&heads=2&kv_heads=1&hidden=32", "corpus?length=48&train=16&test=8"),
 }
 METHODS = (
     "quant_lsq", "quant_adaquant", "quant_gradptq", "quant_dfp", "quant_adapt", "quant_lr2vq", "quant_double_rounding",
     "quant_gaqat", "quant_fliqs", "quant_emq", "quant_hawqv3", "quant_biadapter", "quant_quest", "quant_efficientdm", "quant_vq4dit",
     "quant_codenet",
     "quant_vqgan_lc",
+    "quant_zipcache",
 )  # fmt: skip
 REFUSED = {
     **{
@@ -64,6 +67,22 @@ REFUSED = {
     },
     **{("quant_codenet", model): "is for detection" for model in MODELS},
     **{("quant_vqgan_lc", model): "is for tokenization" for model in MODELS},
+    **{("quant_zipcache", model): "is for language_modeling" for model in MODELS if model != "Llama"},
+    **{
+        (name, "Llama"): "is for"
+        for name in (
+            "quant_double_rounding",
+            "quant_gaqat",
+            "quant_emq",
+            "quant_hawqv3",
+            "quant_biadapter",
+            "quant_quest",
+            "quant_efficientdm",
+            "quant_vq4dit",
+            "quant_codenet",
+            "quant_vqgan_lc",
+        )
+    },
     ("quant_hawqv3", "ViT"): "no integer form for .*(GELU|LayerNorm)|cannot be traced",
     ("quant_hawqv3", "BERT"): "is for classification",
     ("quant_biadapter", "branches, shared layers, functions"): "has no qkv, query, value",

@@ -59,7 +59,7 @@ def test_an_unknown_source_gets_a_suggestion_and_the_list():
     with pytest.raises(DataError) as error:
         load_data("digit")
     assert str(error.value) == (
-        "data 'digit': there is no source, file or folder 'digit'; did you mean 'digits'; sources are csv, digits, folder, "
+        "data 'digit': there is no source, file or folder 'digit'; did you mean 'digits'; sources are corpus, csv, digits, folder, "
         "hf, npz, parquet and package.module:function"
     )
 

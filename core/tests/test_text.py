@@ -98,7 +98,7 @@ def test_a_pinned_tokenizer_that_changed_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("bytes", DataError, "tokenizer 'bytes': write words:SIZE, file:PATH"),
+        ("letters", DataError, "tokenizer 'letters': write bytes, words:SIZE, file:PATH"),
         ("words:2", DataError, "the size must be a whole number from 3"),
         ("file:nowhere.json", DataError, "tokenizer 'file:nowhere.json': there is no file nowhere.json"),
         ("package:no_such_thing/x.json", MissingDependencyError, "pip install no-such-thing"),

@@ -63,6 +63,7 @@ SHIPPED = (
     "quant_quest",
     "quant_vq4dit",
     "quant_vqgan_lc",
+    "quant_zipcache",
     "restore_deanet",
     "train_adamp",
 )

@@ -45,7 +45,7 @@ class TaskSpec(Schema):
 class DataSpec(Schema):
     """A data source as the user wrote it: `scheme:location?key=value&...`."""
 
-    scheme: str = Field(description="csv, digits, folder, parquet, hf, npz, or an importable module.")
+    scheme: str = Field(description="corpus, csv, digits, folder, parquet, hf, npz, or an importable module.")
     location: str = Field("", description="Path, hub id or function name.")
     options: dict[str, str] = Field({}, description="What stood behind '?': train, test, seed, size, ...")
 

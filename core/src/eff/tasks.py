@@ -333,4 +333,5 @@ BUILT_IN: dict[str, str | type[Task[Any]]] = {
     Classification.name: Classification,
     NoTask.name: NoTask,
     "text_classification": "eff.text:TextClassification",
+    "language_modeling": "eff.language:LanguageModeling",
 }

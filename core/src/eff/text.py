@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eff.data import Batch, Data
-from eff.data.text import encode
+from eff.data.text import encode, read_text
 from eff.errors import DataError, UnsupportedModelError
 from eff.schemas import Schema
 from eff.tasks import ClassificationMeter, Prediction, Task
@@ -89,14 +89,7 @@ class TextClassification(Task[TextClassificationOptions]):
 
     def read_input(self, path: Path) -> Batch:
         """Return the text of a file."""
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "is not UTF-8 text"
-            raise DataError(f"{path}: cannot be read as text ({reason})") from error
-        if not text.strip():
-            raise DataError(f"{path}: is empty; a text needs at least one word")
-        return encode([text], self.options.tokenizer, self.options.max_length)
+        return encode([read_text(path)], self.options.tokenizer, self.options.max_length)
 
     def show(self, output: Tensor, source: Path, out: Path | None) -> Prediction:
         """Return the five likeliest classes with their probabilities in %."""

@@ -1,6 +1,7 @@
 """Tokenizers by name, as a text task's options record them.
 
     words:4096                          hashed lower-case words and marks; needs no file
+    bytes                               the bytes of the text; needs no file
     file:PATH/tokenizer.json            a file of the `tokenizers` library
     package:NAME/PATH/tokenizer.json    such a file inside an installed Python package
     hf:NAME                             the fast tokenizer of a Hub model or of a local folder
@@ -22,6 +23,7 @@ from typing import Any, Protocol
 from eff.errors import DataError, MissingDependencyError
 
 DEFAULT = "words:4096"
+BYTES = "bytes"
 _PAD, _START, _RESERVED = 0, 1, 2  # ids of a words tokenizer that are no words
 _WORD = re.compile(r"\w+|[^\w\s]")
 _MARK = re.compile(r"@([0-9a-f]{16})$")
@@ -41,6 +43,14 @@ class Tokenizer(Protocol):
         """Return the ids of each text with its special tokens, cut at `max_length`."""
         ...
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of some ids.
+
+        Raises:
+            DataError: these ids do not say which text they were.
+        """
+        ...
+
 
 class Words:
     """A vocabulary without a file: each word's id is its hash; different words may share one."""
@@ -54,8 +64,31 @@ class Words:
         """Return a start id, then one id per word or mark."""
         return [[_START, *(self._id(word) for word in _WORD.findall(text.lower()))][:max_length] for text in texts]
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Refuse: a hash has no way back."""
+        raise DataError(
+            f"tokenizer 'words:{self.size}' is a hash, its ids cannot be turned into text; "
+            f"use {BYTES} or a tokenizer file to write text"
+        )
+
     def _id(self, word: str) -> int:
         return _word_hash(word) % (self.size - _RESERVED) + _RESERVED
+
+
+class Bytes:
+    """A vocabulary of the 256 bytes of UTF-8, and one id that fills up."""
+
+    size = 257
+    pad = 256
+    fingerprint = ""
+
+    def encode(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
+        """Return the bytes."""
+        return [list(text.encode()[:max_length]) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text; what is no UTF-8 becomes a replacement mark."""
+        return bytes(index for index in ids if index < self.pad).decode(errors="replace")
 
 
 @functools.lru_cache(maxsize=2**16)
@@ -79,6 +112,11 @@ class Fast:
         """Return the ids, with the special tokens the file asks for."""
         self._backend.enable_truncation(max_length)
         return [encoding.ids for encoding in self._backend.encode_batch(list(texts))]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text without special tokens."""
+        text: str = self._backend.decode(list(ids))
+        return text
 
 
 def pinned(name: str) -> str:
@@ -106,9 +144,11 @@ def load_tokenizer(name: str) -> Tokenizer:
         "package": _package,
         "hf": _hub,
     }
+    if bare == BYTES:
+        return Bytes()
     if scheme not in loaders or not location:
         raise DataError(
-            f"tokenizer '{name}': write words:SIZE, file:PATH/tokenizer.json, package:NAME/PATH/tokenizer.json or hf:NAME"
+            f"tokenizer '{name}': write {BYTES}, words:SIZE, file:PATH/tokenizer.json, package:NAME/PATH/tokenizer.json or hf:NAME"
         )
     tokenizer = loaders[scheme](bare, location)
     if mark and tokenizer.fingerprint != mark[1]:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eff_kernels.kv_quant import cpu, kv_attention, kv_dequantize, kv_quantize, reference
+from eff_kernels.kv_quant import cpu, kv_attention, kv_dequantize, kv_quantize, kv_quantize_parts, reference
 from eff_kernels.kv_quant.cache import pack, unpack
 from eff_kernels.kv_quant.library import attend_op
 from eff_kernels.packing import pack_bits
@@ -45,7 +45,7 @@ def by_card(keys, values, salient, bits):
     channel = np.sqrt(np.abs(values).max(axis=(0, 2)))
     out_k, out_v = np.zeros_like(keys), np.zeros_like(values)
     for part, width in enumerate(bits):
-        index = [[sorted(set(range(length)) - set(salient[b, h].tolist())) if part else salient[b, h].tolist()
+        index = [[sorted(set(range(length)) - set(salient[b, h].tolist())) if part else sorted(salient[b, h].tolist())
                   for h in range(heads)] for b in range(batch)]  # fmt: skip
         n, levels = len(index[0][0]), 2**width - 1
         for h in range(heads):
@@ -90,7 +90,8 @@ def test_the_bytes_are_those_computed(length, dim, count):
     codes = 2 * batch * heads * dim * (count * 4 + (length - count) * 2) // 8
     parts = len(cache.parts)
     parameters = heads * dim + parts * 2 * heads * dim + 2 * batch * length  # channel; keys; values
-    assert cache.nbytes == codes + 4 * parameters
+    member = parts * batch * heads * math.ceil(length / 8)  # a bit for each position
+    assert cache.nbytes == codes + 4 * parameters + member
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -136,7 +137,9 @@ def test_blocks_of_any_size_give_the_reference(length, block, bits, factor, seed
     """Also where scores are so large that the softmax is nearly a maximum."""
     keys, values = random(1, 2, length, 8, seed=seed), random(1, 2, length, 8, seed=seed + 1)
     part = kv_quantize(keys, values, some(1, 2, length, length), (bits, bits)).parts[0]
-    arguments = (factor * random(1, 2, 3, 8, seed=seed + 2), *part.tensors(), torch.rand(2, 8) + 0.5, bits)
+    counts = torch.tensor([seed % (length + 1)], dtype=torch.int32) if seed % 2 else None
+    query = factor * random(1, 2, 3, 8, seed=seed + 2)
+    arguments = (query, *part.tensors(), torch.rand(2, 8) + 0.5, counts, bits, bits)
     before = cpu.BLOCK
     cpu.BLOCK = block
     try:
@@ -166,7 +169,9 @@ def test_channels_of_zeros_and_equal_tokens_stay_finite():
 
 def test_the_operator_is_registered_properly():
     keys, values, _, cache = made()
-    torch.library.opcheck(attend_op, (random(2, 3, 2, 8), *cache.parts[0].tensors(), cache.channel, 4))
+    for counts in (None, torch.tensor([12, 5], dtype=torch.int32)):
+        arguments = (random(2, 3, 2, 8), *cache.parts[0].tensors(), cache.value_channel, counts, 4, 4)
+        torch.library.opcheck(attend_op, arguments)
 
 
 def test_it_works_under_compile():
@@ -174,6 +179,79 @@ def test_it_works_under_compile():
     query = random(2, 6, 1, 8, seed=2)
     compiled = torch.compile(lambda q: kv_attention(2 * q, cache), backend="aot_eager")
     torch.testing.assert_close(compiled(query), kv_attention(2 * query, cache))
+
+
+def test_padding_is_not_stored_has_no_part_in_ranges_and_is_not_seen(path):
+    """A sequence of 13 tokens behind 7 of padding, beside one of 20, against each alone; keys have one sequence's range."""
+    keys, values = random(2, 3, 20, 8), random(2, 3, 20, 8, seed=1)
+    keys[0] = keys[1]  # the same range whether alone or together
+    values[0] = values[1]
+    keys[1, :, :7] = values[1, :, :7] = 1e6
+    present = torch.ones(2, 3, 20, dtype=torch.bool)
+    present[1, :, :7] = False
+    high = present & (torch.arange(20) % 3 == 0)
+    cache = kv_quantize_parts(keys, values, [(high, 4, 2), (present & ~high, 2, 2)])
+    found_k, found_v = kv_dequantize(cache)
+    assert float(found_k[1, :, :7].abs().max()) == float(found_v[1, :, :7].abs().max()) == 0.0
+    assert float(found_k.abs().max()) < 10
+    query, recent = random(2, 6, 2, 8, seed=2), (random(2, 3, 3, 8, seed=3), random(2, 3, 3, 8, seed=4))
+    visible = torch.tensor([[1, 1, 0], [1, 1, 1]], dtype=torch.bool).expand(2, 2, 3)
+    found = kv_attention(query, cache, recent, visible=visible)
+    for sequence, first in ((0, 0), (1, 7)):
+        for row in range(2):
+            pick = slice(sequence, sequence + 1)
+            k, v = (
+                torch.cat([x[pick, :, first:], y[pick, :, : 2 + row]], 2)
+                for x, y in zip((found_k, found_v), recent, strict=True)
+            )
+            expected = attention(query[pick, :, row : row + 1], k, v)
+            torch.testing.assert_close(found[pick, :, row : row + 1].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("key_scheme", ["channel", "token", "channel_separable"])
+@pytest.mark.parametrize("value_scheme", ["channel", "token", "channel_separable"])
+def test_every_scheme_attends_to_what_it_dequantizes_to(key_scheme, value_scheme, path):
+    keys, values = random(2, 3, 30, 8), random(2, 3, 30, 8, seed=1)
+    high = torch.arange(30).expand(2, 3, 30) % 2 == 0
+    cache = kv_quantize_parts(keys, values, [(high, 8, 4), (~high, 8, 8)], key_scheme, value_scheme)
+    found_k, found_v = kv_dequantize(cache)
+    assert float((found_k - keys).abs().max()) < 0.03  # 256 levels over a range of about 6
+    query = random(2, 3, 2, 8, seed=2)
+    torch.testing.assert_close(
+        kv_attention(query, cache).double(), attention(query, found_k, found_v), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_caches_that_follow_one_another_are_attended_to_together(path):
+    first, second = made()[3], made(length=33, count=5)[3]
+    query = random(2, 3, 1, 8, seed=2)
+    joined = [torch.cat(pair, 2) for pair in zip(kv_dequantize(first), kv_dequantize(second), strict=True)]
+    found = kv_attention(query, [first, second])
+    torch.testing.assert_close(found.double(), attention(query, *joined), rtol=1e-4, atol=1e-5)
+
+
+def test_sequences_of_a_batch_can_be_chosen_anew():
+    keys, values = random(3, 2, 20, 8), random(3, 2, 20, 8, seed=1)
+    present = torch.arange(20) >= torch.tensor([0, 4, 9])[:, None, None].expand(3, 2, 1)
+    cache = kv_quantize_parts(keys, values, [(present, 4, 4)])
+    order = torch.tensor([2, 0, 0])
+    for found, expected in zip(kv_dequantize(cache.select(order)), kv_dequantize(cache), strict=True):
+        assert torch.equal(found, expected[order])
+
+
+def test_parts_that_overlap_or_differ_between_heads_are_refused():
+    x, every = torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, dtype=torch.bool)
+    uneven = every.clone()
+    uneven[0, 0, 0] = False
+    for parts, message in (
+        ([(every, 4, 4), (every, 2, 2)], "a token is in two parts"),
+        ([(uneven, 4, 4)], "heads of a sequence have different numbers of tokens"),
+        ([(~every, 4, 4)], "no part has a token"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kv_quantize_parts(x, x, parts)
+    with pytest.raises(ValueError, match="scheme is 'group', expected one of"):
+        kv_quantize_parts(x, x, [(every, 4, 4)], "group")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Data: what a run trains and is measured on.
 
-A source (csv, digits, folder, parquet, hf, npz, module:function) returns `Data`: splits that hand out
+A source (corpus, csv, digits, folder, parquet, hf, npz, module:function) returns `Data`: splits that hand out
 batches by index, and the task that the data is for. Images stay in [0, 1]; the task normalises.
 """
 

@@ -11,6 +11,7 @@ from eff.errors import DataError, EffError, did_you_mean
 from eff.schemas import DataSpec, TaskSpec
 
 BUILT_IN: dict[str, str] = {
+    "corpus": "eff.data.corpus:load_corpus",
     "csv": "eff.data.text:load_csv",
     "digits": "eff.data.digits:load_digits",
     "folder": "eff.data.folder:load_folder",

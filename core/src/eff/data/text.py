@@ -32,7 +32,7 @@ LONGEST = 2**20
 class TextOptions(SampleOptions):
     """Options of all text sources."""
 
-    tokenizer: str | None = Field(None, description="words:SIZE, file:PATH, package:NAME/PATH or hf:NAME")
+    tokenizer: str | None = Field(None, description="bytes, words:SIZE, file:PATH, package:NAME/PATH or hf:NAME")
     max_length: int | None = Field(None, ge=1, le=LONGEST, description=f"a whole number of tokens, 1 to {LONGEST}")
 
 
@@ -41,6 +41,22 @@ class CsvOptions(TextOptions):
 
     text: str = Field("text", description="the name of the text column")
     label: str = Field("label", description="the name of the label column")
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file.
+
+    Raises:
+        DataError: it cannot be read, is not UTF-8, or is empty.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "is not UTF-8 text"
+        raise DataError(f"{path}: cannot be read as text ({reason})") from error
+    if not text.strip():
+        raise DataError(f"{path}: is empty; a text needs at least one word")
+    return text
 
 
 class TextStore:

@@ -3,19 +3,19 @@
 import pytest
 import torch
 
-from eff_kernels.kv_quant import kv_quantize, reference, triton_kernel
+from eff_kernels.kv_quant import kv_quantize, kv_quantize_parts, reference, triton_kernel
 from eff_kernels.testing import device
 
 DEVICE = device()
 
 
-def compare(length, dim=8, queries=2, bits=4, batch=2, heads=3, factor=1.0):
+def compare(length, dim=8, queries=2, bits=4, batch=2, heads=3, factor=1.0, counts=None):
     generator = torch.Generator().manual_seed(0)
     keys, values = (torch.randn(batch, heads, length, dim, generator=generator).to(DEVICE) for _ in range(2))
     everything = torch.arange(length).expand(batch, heads, -1).to(DEVICE)
     cache = kv_quantize(keys, values, everything, (bits, bits))
     query = factor * torch.randn(batch, heads, queries, dim, generator=generator).to(DEVICE)
-    arguments = (query, *cache.parts[0].tensors(), cache.channel, bits)
+    arguments = (query, *cache.parts[0].tensors(), cache.value_channel, counts, bits, bits)
     for found, expected in zip(triton_kernel.attend(*arguments), reference.attend(*arguments), strict=True):
         torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)  # sums in another order
 
@@ -43,3 +43,17 @@ def test_scores_so_large_that_one_token_takes_all():
 def test_heads_split_over_programs(monkeypatch):
     monkeypatch.setattr(triton_kernel, "ENOUGH", 3)
     compare(300, batch=1, heads=1)
+
+
+def test_sequences_with_fewer_tokens_and_with_none():
+    compare(70, counts=torch.tensor([41, 0], dtype=torch.int32).to(DEVICE))
+
+
+def test_keys_and_values_of_different_widths():
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(1, 2, 40, 8, generator=generator).to(DEVICE) for _ in range(2))
+    every = torch.ones(1, 2, 40, dtype=torch.bool).to(DEVICE)
+    cache = kv_quantize_parts(keys, values, [(every, 2, 4)])
+    arguments = (keys[:, :, :3].contiguous(), *cache.parts[0].tensors(), cache.value_channel, None, 2, 4)
+    for found, expected in zip(triton_kernel.attend(*arguments), reference.attend(*arguments), strict=True):
+        torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)

@@ -6,12 +6,11 @@ import importlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from torch import nn
 
 from eff.errors import ModelError, RequestError, did_you_mean, raise_problems
 from eff.seeding import derive_seed
-from eff_zoo.options import ClassifierOptions
 
 if TYPE_CHECKING:
     from eff.run import Run
@@ -39,6 +38,8 @@ MODELS = {
     "efficientnet_lite0": Entry("eff_zoo.efficientnet_lite", "efficientnet_lite0", "EfficientNetLiteOptions"),
     "minilm_classifier": Entry("eff_zoo.text_classifier", "text_classifier", "MiniLMOptions", "texts"),
     "text_tiny": Entry("eff_zoo.text_classifier", "text_classifier", "TextTinyOptions", "texts"),
+    "llama_tiny": Entry("eff_zoo.causal_lm", "llama_tiny", "LlamaTinyOptions", "running text"),
+    "gpt2_tiny": Entry("eff_zoo.causal_lm", "gpt2_tiny", "GPT2TinyOptions", "running text"),
 }
 
 
@@ -48,8 +49,12 @@ def build(spec: ModelSpec, run: Run) -> nn.Module:
     Options that the spec leaves out and the task knows (num_classes, in_channels, image_size) come
     from the task.
     """
-    if run.task.name == "classification" and spec.name in MODELS and MODELS[spec.name].reads == "texts":
+    reads = MODELS[spec.name].reads if spec.name in MODELS else ""
+    if run.task.name == "classification" and reads == "texts":
         raise ModelError(f"{spec.source} classifies texts, the data are images; use texts, e.g. --data csv:PATH")
+    if reads and (reads == "running text") != (run.task.name == "language_modeling") and run.task.name != "none":
+        way = {"running text": "corpus", "texts": "csv:PATH"}.get(reads, "digits")
+        raise ModelError(f"{spec.source} reads {reads}, the data are for {run.task.name}; use e.g. --data {way}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(run.seed, f"build_model/{spec.source}"))
         return _make(spec.name, dict(spec.options), _task_options(run))
@@ -80,7 +85,7 @@ def _make(name: str, given: dict[str, Any], defaults: dict[str, Any]) -> nn.Modu
         )
     entry = MODELS[name]
     module = importlib.import_module(entry.module)
-    kind: type[ClassifierOptions] = getattr(module, entry.options)
+    kind: type[BaseModel] = getattr(module, entry.options)
     known = {key: value for key, value in defaults.items() if key in kind.model_fields}
     try:
         options = kind.model_validate(known | given)
@@ -91,7 +96,7 @@ def _make(name: str, given: dict[str, Any], defaults: dict[str, Any]) -> nn.Modu
     return made
 
 
-def _fault(name: str, kind: type[ClassifierOptions], item: Any) -> RequestError:
+def _fault(name: str, kind: type[BaseModel], item: Any) -> RequestError:
     if not item["loc"]:
         return ModelError(f"zoo:{name}: {item['msg'].removeprefix('Value error, ')}")
     option = str(item["loc"][0])

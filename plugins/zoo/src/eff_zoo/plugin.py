@@ -29,6 +29,8 @@ class Zoo(Extension):
         "zoo:efficientnet_lite0": "EfficientNet-Lite0, ImageNet weights with pretrained=true; 4.7 M parameters",
         "zoo:minilm_classifier": "MiniLM-L6 sentence encoder with its weights, mean pooling, a linear head; 22.6 M parameters",
         "zoo:text_tiny": "BERT of width 32 and depth 2 on hashed words, for trying things out; 54 k parameters",
+        "zoo:llama_tiny": "Llama of width 64 and depth 2 with grouped queries, a language model for a desk; 90 k parameters",
+        "zoo:gpt2_tiny": "GPT-2 of width 64 and depth 2, a language model for a desk; 0.15 M parameters",
     }
 
     @hookimpl

@@ -3,12 +3,14 @@
     keys     per channel:            k = s_d q + m_d,  range over batch and tokens of a part
     values   channel-separable:      v = c_d (s_t q + m_t),  c_d = sqrt(max |v_d|),  range over all heads of a token
 
-A cache has two parts, the salient tokens and the others, each with its own width and ranges. Attention reads the packed
+A cache has parts, the salient tokens and the others, each with its own widths and ranges. Attention reads the packed
 codes: with p = softmax over all tokens,
 
     q . k_t = sum_d (q_d s_d) code_td + sum_d q_d m_d,    out_d = c_d (sum_t (p_t s_t) code_td + sum_t p_t m_t)
 
-so no float cache is ever made. A decoding step sees all tokens, whose order therefore does not matter.
+so no float cache is ever made. All queries see all tokens of the cache, whose order therefore does not matter; recent
+tokens in float may have a mask. Other schemes (keys by token, values by channel) are stored alike and attended to part
+by part in float.
 """
 
 from __future__ import annotations
@@ -20,9 +22,28 @@ from torch import Tensor
 
 from eff_kernels.checks import FLOATS, check_choice, check_device, check_dtype, check_not_empty, check_shape
 from eff_kernels.kv_quant import library
-from eff_kernels.kv_quant.cache import Part, QuantizedKV, dequantize_part, quantize_part
+from eff_kernels.kv_quant.cache import (
+    SCHEMES,
+    Codes,
+    Part,
+    QuantizedKV,
+    channel_factor,
+    make_part,
+    positions,
+    quantize,
+)
+from eff_kernels.kv_quant.reference import attend_float, finite
 
-__all__ = ["Part", "QuantizedKV", "kv_attention", "kv_dequantize", "kv_quantize"]
+__all__ = [
+    "Codes",
+    "Part",
+    "QuantizedKV",
+    "kv_attention",
+    "kv_dequantize",
+    "kv_quantize",
+    "kv_quantize_parts",
+    "quantize",
+]
 
 _BITS = (2, 4, 8)
 
@@ -42,99 +63,172 @@ def kv_quantize(keys: Tensor, values: Tensor, salient: Tensor, bits: tuple[int, 
         TypeError, ValueError: a dtype, shape, width or position does not fit; NaN or infinity in keys or values.
     """
     op = "kv_quantize"
+    _check(op, keys, values, bits)
+    check_dtype(op, "salient", salient, (torch.int64,))
+    check_shape(op, "salient", salient, (*keys.shape[:2], "n"))
+    check_device(op, "salient", salient, "keys", keys)
+    length = keys.shape[2]
+    if salient.shape[-1] > length or (salient.numel() and not 0 <= int(salient.min()) <= int(salient.max()) < length):
+        raise ValueError(f"{op}: salient has positions outside 0 to {length - 1}, or more than there are")
+    chosen = torch.zeros(keys.shape[:3], dtype=torch.bool, device=keys.device)
+    chosen.scatter_(2, salient, True)
+    if int(chosen.sum()) != salient.numel():
+        raise ValueError(f"{op}: salient names a position twice, expected each once per head")
+    return kv_quantize_parts(keys, values, [(chosen, bits[0], bits[0]), (~chosen, bits[1], bits[1])])
+
+
+def kv_quantize_parts(
+    keys: Tensor,
+    values: Tensor,
+    parts: Sequence[tuple[Tensor, int, int]],
+    key_scheme: str = "channel",
+    value_scheme: str = "channel_separable",
+) -> QuantizedKV:
+    """Return the cache of these keys and values, with any number of parts. No backward.
+
+    Args:
+        keys, values: (batch, heads, length, dim), dim divisible by 4; float16, bfloat16 or float32.
+        parts: tokens (batch, heads, length) bool, width of their keys, width of their values: 2, 4 or 8. No token is in two
+            parts; the heads of a sequence have as many. What is in none (padding) is not stored, has no part in any
+            range, and attention does not see it.
+        key_scheme, value_scheme: "channel", "token" or "channel_separable".
+
+    Raises:
+        TypeError, ValueError: a dtype, shape or width does not fit, parts overlap, NaN or infinity in keys or values.
+    """
+    op = "kv_quantize"
+    _check(op, keys, values, [width for _, *widths in parts for width in widths])
+    for scheme in (key_scheme, value_scheme):
+        check_choice(op, "scheme", scheme, SCHEMES)
+    covered = torch.zeros(keys.shape[:3], dtype=torch.int64, device=keys.device)
+    counts = []
+    for mask, _, _ in parts:
+        check_dtype(op, "tokens", mask, (torch.bool,))
+        check_shape(op, "tokens", mask, tuple(keys.shape[:3]))
+        check_device(op, "tokens", mask, "keys", keys)
+        covered += mask
+        per_head = mask.sum(-1)
+        if bool((per_head != per_head[:, :1]).any()):
+            raise ValueError(
+                f"{op}: the heads of a sequence have different numbers of tokens in a part, expected as many"
+            )
+        counts.append(per_head[:, 0])
+    if bool((covered > 1).any()):
+        raise ValueError(f"{op}: a token is in two parts, expected each in one at most")
+    kept = covered.bool()
+    scaled, channels = [], []
+    for x, scheme in ((keys, key_scheme), (values, value_scheme)):
+        channel = channel_factor(x, kept) if scheme == "channel_separable" else None
+        scaled.append(x if channel is None else x.float() / channel[:, None])
+        channels.append(channel)
+    by_token = (key_scheme != "channel", value_scheme != "channel")
+    made = tuple(
+        make_part(scaled[0], scaled[1], mask, count, (key_bits, value_bits), by_token)
+        for (mask, key_bits, value_bits), count in zip(parts, counts, strict=True)
+        if int(count.max())
+    )
+    if not made:
+        raise ValueError(f"{op}: no part has a token, expected at least one")
+    return QuantizedKV(made, channels[0], channels[1], keys.dtype, keys.shape[2])
+
+
+def _check(op: str, keys: Tensor, values: Tensor, widths: Sequence[int]) -> None:
     check_dtype(op, "keys", keys, FLOATS[:3])
     check_dtype(op, "values", values, (keys.dtype,))
-    check_dtype(op, "salient", salient, (torch.int64,))
     check_shape(op, "keys", keys, ("batch", "heads", "length", "dim"))
     check_shape(op, "values", values, tuple(keys.shape))
     check_not_empty(op, "keys", keys)
-    check_shape(op, "salient", salient, (*keys.shape[:2], "n"))
     check_device(op, "values", values, "keys", keys)
-    check_device(op, "salient", salient, "keys", keys)
-    length, dim = keys.shape[2:]
+    dim = keys.shape[3]
     if dim % 4:
         raise ValueError(f"{op}: keys have {dim} channels, expected a multiple of 4, so that codes fill bytes")
-    for width in bits:
+    for width in widths:
         check_choice(op, "bits", width, _BITS)
     for name, x in (("keys", keys), ("values", values)):
         if not bool(torch.isfinite(x).all()):
             raise ValueError(f"{op}: {name} hold NaN or infinity, expected finite numbers")
-    chosen = torch.zeros(keys.shape[:3], dtype=torch.bool, device=keys.device)
-    if salient.shape[-1] > length or (salient.numel() and not 0 <= int(salient.min()) <= int(salient.max()) < length):
-        raise ValueError(f"{op}: salient has positions outside 0 to {length - 1}, or more than there are")
-    chosen.scatter_(2, salient, True)
-    if int(chosen.sum()) != salient.numel():
-        raise ValueError(f"{op}: salient names a position twice, expected each once per head")
-    others = (~chosen).nonzero()[:, 2].view(*keys.shape[:2], length - salient.shape[-1])
-    channel = values.float().abs().amax((0, 2)).sqrt()  # over both parts
-    channel = torch.where(channel > 0, channel, 1.0)
-    parts = tuple(
-        quantize_part(keys, values, channel, index, width)
-        for index, width in zip((salient, others), bits, strict=True)
-        if index.shape[-1]
-    )
-    return QuantizedKV(parts, channel, keys.dtype, length)
 
 
 def kv_dequantize(cache: QuantizedKV) -> tuple[Tensor, Tensor]:
-    """Return keys and values (batch, heads, length, dim) in their order and dtype."""
-    first = cache.parts[0]
-    shape = (*first.index.shape[:2], cache.length, cache.channel.shape[-1])
-    keys, values = (torch.empty(shape, dtype=cache.dtype, device=cache.channel.device) for _ in range(2))
+    """Return keys and values (batch, heads, length, dim) in their order and dtype; 0 for what is not stored."""
+    shape = cache.shape
+    device = cache.parts[0].member.device
+    keys, values = (torch.zeros(shape, dtype=cache.dtype, device=device) for _ in range(2))
     for part in cache.parts:
-        place = part.index[..., None].expand(-1, -1, -1, shape[-1])
-        for target, found in zip((keys, values), dequantize_part(part, cache.channel), strict=True):
-            target.scatter_(2, place, found.to(cache.dtype))
+        mask = part.mask(cache.length)
+        place = positions(mask, part.tokens)
+        stored = mask.gather(2, place)[..., None]  # the places of what a shorter sequence does not have
+        place = place[..., None].expand(-1, -1, -1, shape[-1])
+        for target, codes, channel in (
+            (keys, part.keys, cache.key_channel), (values, part.values, cache.value_channel),
+        ):  # fmt: skip
+            found = codes.dequantize(channel).to(cache.dtype)
+            target.scatter_(2, place, torch.where(stored, found, target.gather(2, place)))
     return keys, values
 
 
 def kv_attention(
-    query: Tensor, cache: QuantizedKV, recent: tuple[Tensor, Tensor] | None = None, scale: float | None = None
+    query: Tensor,
+    cache: QuantizedKV | Sequence[QuantizedKV],
+    recent: tuple[Tensor, Tensor] | None = None,
+    scale: float | None = None,
+    visible: Tensor | None = None,
 ) -> Tensor:
     """Return attention of a few queries over the whole cache and over recent tokens in float; softmax in float32.
 
     Args:
         query: (batch, query heads, queries, dim), query heads a multiple of the cache's (grouped queries: head h reads
-            h // (query heads / heads)). All see all tokens.
-        cache: what `kv_quantize` made.
+            h // (query heads / heads)). All see all tokens of the cache.
+        cache: what `kv_quantize` made, or several that follow one another.
         recent: keys and values (batch, heads, tokens, dim) that are not quantized yet.
         scale: of the scores; None: 1 / sqrt(dim).
+        visible: which recent tokens a query sees, (batch, queries, tokens) bool; None: all.
 
     Returns:
-        Like `query`.
+        Like `query`; 0 for a query that sees nothing.
 
     Raises:
         TypeError, ValueError: a dtype, shape or device does not fit.
     """
     op = "kv_attention"
-    heads, dim = cache.channel.shape
-    batch = cache.parts[0].index.shape[0]
+    caches = [cache] if isinstance(cache, QuantizedKV) else list(cache)
+    batch, heads, _, dim = caches[0].shape
     check_dtype(op, "query", query, FLOATS[:3])
     check_shape(op, "query", query, (batch, "query heads", "queries", dim))
     check_not_empty(op, "query", query)
-    check_device(op, "query", query, "cache", cache.channel)
+    check_device(op, "query", query, "cache", caches[0].parts[0].member)
     if query.shape[1] % heads:
         raise ValueError(f"{op}: query has {query.shape[1]} heads, expected a multiple of the cache's {heads}")
     scaled = query.float() * (dim**-0.5 if scale is None else scale)
     grouped = scaled.reshape(batch, heads, -1, dim)  # queries of all heads that read the same keys
-    found = [library.attend_op(grouped, *part.tensors(), cache.channel, part.bits) for part in cache.parts]
+    found = [_attend(grouped, item, part) for item in caches for part in item.parts]
     if recent is not None:
         for name, x in zip(("recent keys", "recent values"), recent, strict=True):
             check_shape(op, name, x, (batch, heads, "tokens", dim))
         if recent[0].shape[2]:
-            found.append(_attend_float(grouped, *recent))
+            if visible is not None:
+                check_shape(op, "visible", visible, (batch, query.shape[2], recent[0].shape[2]))
+                visible = visible.repeat(1, query.shape[1] // heads, 1)[:, None]
+            found.append(attend_float(grouped, recent[0].float(), recent[1].float(), visible))
     return merge(found).reshape(query.shape).to(query.dtype)
 
 
-def _attend_float(query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    scores = query @ keys.float().mT
-    largest = scores.amax(-1)
-    weights = (scores - largest[..., None]).exp()
-    return weights @ values.float(), largest, weights.sum(-1)
+def _attend(query: Tensor, cache: QuantizedKV, part: Part) -> tuple[Tensor, Tensor, Tensor]:
+    """Return attention over one part; on its codes where the schemes allow it."""
+    if part.is_packed_attention and cache.key_channel is None:
+        bits = part.keys.bits, part.values.bits
+        found: tuple[Tensor, Tensor, Tensor] = library.attend_op(
+            query, *part.tensors(), cache.value_channel, part.counts, *bits
+        )
+        return found
+    present = part.present()
+    keys, values = part.keys.dequantize(cache.key_channel), part.values.dequantize(cache.value_channel)
+    return attend_float(query, keys, values, None if present is None else present[:, None, None])
 
 
 def merge(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
     """Return attention over all parts from each one's sum of values, largest score and sum of weights."""
     sums, largest, totals = (torch.stack(tensors) for tensors in zip(*parts, strict=True))
-    factor = (largest - largest.amax(0)).exp()
-    return (sums * factor[..., None]).sum(0) / (totals * factor).sum(0)[..., None]
+    factor = (largest - finite(largest.amax(0))).exp()
+    total = (totals * factor).sum(0)
+    return (sums * factor[..., None]).sum(0) / torch.where(total > 0, total, 1.0)[..., None]

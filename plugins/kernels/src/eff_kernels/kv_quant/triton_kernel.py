@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from eff_kernels.kv_quant.reference import finite
+
 TOKENS = 32
 ENOUGH = 256
 """Programs that fill a GPU; heads are only split where there are fewer."""
@@ -20,9 +22,9 @@ QUERIES = 16
 
 @triton.jit
 def attend_kernel(
-    query_ptr, offset_ptr, key_ptr, value_ptr, scale_ptr, low_ptr, sum_ptr, largest_ptr, total_ptr,
+    query_ptr, offset_ptr, key_ptr, value_ptr, scale_ptr, low_ptr, counts_ptr, sum_ptr, largest_ptr, total_ptr,
     heads, queries, tokens, dim, tokens_per_program,
-    BITS: tl.constexpr, QUERIES: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr,
+    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, QUERIES: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -33,19 +35,23 @@ def attend_kernel(
     seen = (row < queries)[:, None] & (d < dim)[None, :]
     query = tl.load(query_ptr + (head * queries + row)[:, None] * dim + d[None, :], mask=seen, other=0.0)
     offset = tl.load(offset_ptr + head * queries + row, mask=row < queries, other=0.0)
-    per_byte: tl.constexpr = 8 // BITS
-    width = dim // per_byte
-    shift = ((d % per_byte) * BITS)[None, :]
+    keys_per_byte: tl.constexpr = 8 // KEY_BITS
+    values_per_byte: tl.constexpr = 8 // VALUE_BITS
+    key_shift = ((d % keys_per_byte) * KEY_BITS)[None, :]
+    value_shift = ((d % values_per_byte) * VALUE_BITS)[None, :]
+    count = tl.load(counts_ptr + batch)
     sums = tl.zeros((QUERIES, DIM), tl.float32)
     lows = tl.zeros((QUERIES,), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     largest = tl.full((QUERIES,), float("-inf"), tl.float32)
     for first in range(0, tokens_per_program, TOKENS):
         t = part * tokens_per_program + first + tl.arange(0, TOKENS)
-        inside = (t < tokens) & (first + tl.arange(0, TOKENS) < tokens_per_program)
-        place = (head * tokens + t)[:, None] * width + (d // per_byte)[None, :]
+        inside = (t < count) & (first + tl.arange(0, TOKENS) < tokens_per_program)
+        row_of_token = (head * tokens + t)[:, None]
+        key_place = row_of_token * (dim // keys_per_byte) + (d // keys_per_byte)[None, :]
+        value_place = row_of_token * (dim // values_per_byte) + (d // values_per_byte)[None, :]
         mask = inside[:, None] & (d < dim)[None, :]
-        keys = (tl.load(key_ptr + place, mask=mask, other=0).to(tl.int32) >> shift) & ((1 << BITS) - 1)
+        keys = (tl.load(key_ptr + key_place, mask=mask, other=0).to(tl.int32) >> key_shift) & ((1 << KEY_BITS) - 1)
         scores = tl.dot(query, tl.trans(keys.to(tl.float32)), input_precision="tf32x3") + offset[:, None]
         scores = tl.where(inside[None, :], scores, float("-inf"))
         new = tl.maximum(largest, tl.max(scores, axis=1))
@@ -54,7 +60,9 @@ def attend_kernel(
         weights = tl.exp(scores - safe[:, None])
         scale = tl.load(scale_ptr + batch * tokens + t, mask=inside, other=0.0)
         low = tl.load(low_ptr + batch * tokens + t, mask=inside, other=0.0)
-        values = (tl.load(value_ptr + place, mask=mask, other=0).to(tl.int32) >> shift) & ((1 << BITS) - 1)
+        values = (tl.load(value_ptr + value_place, mask=mask, other=0).to(tl.int32) >> value_shift) & (
+            (1 << VALUE_BITS) - 1
+        )
         total = total * fade + tl.sum(weights, axis=1)
         lows = lows * fade + tl.sum(weights * low[None, :], axis=1)
         product = tl.dot(weights * scale[None, :], values.to(tl.float32), input_precision="tf32x3")
@@ -68,7 +76,7 @@ def attend_kernel(
 
 def attend(
     query: Tensor, key_codes: Tensor, key_scale: Tensor, key_low: Tensor, value_codes: Tensor, value_scale: Tensor,
-    value_low: Tensor, channel: Tensor, bits: int,
+    value_low: Tensor, channel: Tensor | None, counts: Tensor | None, key_bits: int, value_bits: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return what the reference does; arguments as there."""
     batch, heads, queries, dim = query.shape
@@ -79,17 +87,20 @@ def attend(
     splits = max(1, min(blocks, ENOUGH // (batch * heads)))
     per_program = triton.cdiv(blocks, splits) * TOKENS
     splits = triton.cdiv(tokens, per_program)
+    if counts is None:
+        counts = torch.full((batch,), tokens, dtype=torch.int32, device=query.device)
     sums = torch.empty(batch, heads, splits, queries, dim, dtype=torch.float32, device=query.device)
     largest = torch.empty(batch, heads, splits, queries, dtype=torch.float32, device=query.device)
     totals = torch.empty_like(largest)
     attend_kernel[(batch * heads, splits, triton.cdiv(queries, QUERIES))](
         scaled, offset, key_codes.contiguous(), value_codes.contiguous(), value_scale.contiguous(), value_low.contiguous(),
-        sums, largest, totals, heads, queries, tokens, dim, per_program,
-        BITS=bits, QUERIES=QUERIES, TOKENS=TOKENS, DIM=max(16, triton.next_power_of_2(dim)),
+        counts.contiguous(), sums, largest, totals, heads, queries, tokens, dim, per_program,
+        KEY_BITS=key_bits, VALUE_BITS=value_bits, QUERIES=QUERIES, TOKENS=TOKENS, DIM=max(16, triton.next_power_of_2(dim)),
     )  # fmt: skip
     top = largest.amax(2)
-    factor = (largest - top[:, :, None]).exp()
-    return (sums * factor[..., None]).sum(2) * channel[:, None], top, (totals * factor).sum(2)
+    factor = (largest - finite(top)[:, :, None]).exp()
+    out = (sums * factor[..., None]).sum(2)
+    return out if channel is None else out * channel[:, None], top, (totals * factor).sum(2)
 
 
 AHEAD_OF_TIME = {
@@ -97,10 +108,10 @@ AHEAD_OF_TIME = {
         (
             {
                 "query_ptr": "*fp32", "offset_ptr": "*fp32", "key_ptr": "*u8", "value_ptr": "*u8", "scale_ptr": "*fp32",
-                "low_ptr": "*fp32", "sum_ptr": "*fp32", "largest_ptr": "*fp32", "total_ptr": "*fp32", "heads": "i32",
+                "low_ptr": "*fp32", "counts_ptr": "*i32", "sum_ptr": "*fp32", "largest_ptr": "*fp32", "total_ptr": "*fp32", "heads": "i32",
                 "queries": "i32", "tokens": "i32", "dim": "i32", "tokens_per_program": "i32",
             },
-            {"BITS": bits, "QUERIES": QUERIES, "TOKENS": TOKENS, "DIM": 128},
+            {"KEY_BITS": bits, "VALUE_BITS": bits, "QUERIES": QUERIES, "TOKENS": TOKENS, "DIM": 128},
         )
         for bits in (2, 4)
     ]
