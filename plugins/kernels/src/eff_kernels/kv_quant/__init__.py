@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from eff_kernels.checks import FLOATS, check_choice, check_device, check_dtype, check_not_empty, check_shape
+from eff_kernels.dispatch import requested
 from eff_kernels.kv_quant import library
 from eff_kernels.kv_quant.cache import Part, QuantizedKV, dequantize_part, quantize_part
 
@@ -41,6 +42,7 @@ def kv_quantize(keys: Tensor, values: Tensor, salient: Tensor, bits: tuple[int, 
     Raises:
         TypeError, ValueError: a dtype, shape, width or position does not fit; NaN or infinity in keys or values.
     """
+    requested()
     op = "kv_quantize"
     check_dtype(op, "keys", keys, FLOATS[:3])
     check_dtype(op, "values", values, (keys.dtype,))
@@ -78,6 +80,7 @@ def kv_quantize(keys: Tensor, values: Tensor, salient: Tensor, bits: tuple[int, 
 
 def kv_dequantize(cache: QuantizedKV) -> tuple[Tensor, Tensor]:
     """Return keys and values (batch, heads, length, dim) in their order and dtype."""
+    requested()
     first = cache.parts[0]
     shape = (*first.index.shape[:2], cache.length, cache.channel.shape[-1])
     keys, values = (torch.empty(shape, dtype=cache.dtype, device=cache.channel.device) for _ in range(2))
