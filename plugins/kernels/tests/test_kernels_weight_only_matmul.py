@@ -239,6 +239,17 @@ def test_more_rows_other_dtypes_and_gradients_take_the_packed_weight():
         assert torch.equal(found, weight_only_matmul(one, packed, scale, bits=4, zero_point=zero))
 
 
+@pytest.mark.parametrize("bits", ROW_BITS)
+@pytest.mark.parametrize("with_zero", [False, True])
+def test_many_rows_of_bfloat16_multiply_with_the_whole_weight(bits, with_zero, monkeypatch):
+    monkeypatch.setattr(cpu, "PIECE", 5 * 64)  # the whole weight is put together from pieces, the last one shorter
+    x, packed, scale, zero = inputs(cpu.WHOLE_ROWS, 32, 64, 2, bits, dtype=torch.bfloat16, with_zero=with_zero)
+    expected = x.double() @ weight_by_hand(packed, scale, zero, bits).t()
+    found = weight_only_matmul(x, packed, scale, bits=bits, zero_point=zero)
+    assert cpu.takes_whole(len(x), x.dtype) and found.dtype == torch.bfloat16
+    assert (found - expected).abs().max() <= 2e-2 * expected.abs().max()
+
+
 def test_a_prepacked_weight_is_refused_beside_any_other_weight():
     x, packed, scale, zero = inputs(2, 32, 64, 1, 4, dtype=torch.bfloat16)
     made = prepack(packed, scale, bits=4, zero_point=zero)
