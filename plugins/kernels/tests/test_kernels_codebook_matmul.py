@@ -125,8 +125,10 @@ def test_unused_entries_get_no_gradient(path):
 def test_a_code_that_the_codebook_lacks_is_an_error(path):
     x, _, packed, codebook = inputs(2, 3, 4, 2, 8, entries=5)
     packed[1, 2] = 5
-    with pytest.raises(IndexError):
+    with pytest.raises(IndexError, match="codebook_matmul: packed has the code 5, expected 0 to 4"):
         codebook_matmul(x, packed, codebook, bits=8)
+    with pytest.raises(IndexError, match="decode: packed has the code 5, expected 0 to 4"):
+        decode(packed, codebook, bits=8)
 
 
 def test_nan_reaches_the_results_it_belongs_to(path):
@@ -210,10 +212,20 @@ def test_wrong_arguments_are_named(change, error, message):
     [
         (torch.zeros(2, 3), 4, r"pack_codes: codes has shape \(2, 3\), expected \(N, J\), J even for 4 bits"),
         (torch.zeros(4), 8, r"codes has shape \(4,\)"), (torch.zeros(2, 2), 5, "bits is 5, expected one of 4, 8, 16"),
-        (torch.full((1, 2), 16), 4, r"codes must be in \[0, 15\], got 16 to 16"),
-        (torch.full((1, 2), 65536), 16, r"codes must be in \[0, 65535\], got 65536 to 65536"),
+        (torch.full((1, 2), 16), 4, "pack_codes: codes has values from 16 to 16, expected 0 to 15"),
+        (torch.full((1, 2), 65536), 16, "pack_codes: codes has values from 65536 to 65536, expected 0 to 65535"),
     ],
 )  # fmt: skip
 def test_codes_that_cannot_be_packed_are_refused(codes, bits, message):
     with pytest.raises(ValueError, match=message):
         pack_codes(codes, bits)
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_codes_in_float_are_refused_and_not_cut_off(bits):
+    with pytest.raises(TypeError, match="pack_codes: codes is float32, expected uint8"):
+        pack_codes(torch.ones(1, 2), bits)
+
+
+def test_codes_of_16_bits_may_come_in_bytes():
+    assert unpack_codes(pack_codes(torch.tensor([[200, 3]], dtype=torch.uint8), 16), 16).tolist() == [[200, 3]]

@@ -223,6 +223,8 @@ def test_it_works_under_compile(memory_format):
         ({"bias": torch.ones(3)}, ValueError, r"bias has shape \(3,\), expected \(2,\)"),
         ({"stride": 0}, ValueError, "stride is 0, expected 1 to inf"),
         ({"dilation": 0}, ValueError, "dilation is 0, expected 1 to inf"),
+        ({"stride": 1.5}, TypeError, "depthwise_conv: stride is 1.5, expected an integer"),
+        ({"dilation": 1.5}, TypeError, "depthwise_conv: dilation is 1.5, expected an integer"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, error, message):

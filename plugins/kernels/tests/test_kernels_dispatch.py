@@ -1,19 +1,43 @@
 """Which path an op takes, and how eff bench-kernels judges what it measures."""
 
 import json
+import platform
+from pathlib import Path
 
 import pytest
 import torch
 
 from eff.cli import main
-from eff_kernels.bench import Case, Row, largest_error, ops, verdict
+from eff_kernels.bench import Case, Row, device_name, largest_error, ops, verdict
 from eff_kernels.dispatch import Op
+from eff_kernels.kv_quant import kv_dequantize, kv_quantize
+from eff_kernels.partial_linear import partial_linear
 
 
 def test_an_unknown_path_is_refused(monkeypatch):
     monkeypatch.setenv("EFF_KERNELS", "fast")
     with pytest.raises(ValueError, match="EFF_KERNELS is 'fast'; it must be one of auto, reference, cpu, triton"):
         Op("fake_quant").choose(torch.ones(1))
+
+
+@pytest.mark.parametrize("word", ["", "auto"])
+def test_an_empty_path_is_none(word, monkeypatch):
+    monkeypatch.setenv("EFF_KERNELS", word)
+    assert Op("fake_quant").choose(torch.ones(1)).reason == "CPU tensor"
+
+
+def test_what_has_one_implementation_refuses_an_unknown_path_too(monkeypatch):
+    keys, salient = torch.ones(1, 1, 4, 4), torch.zeros(1, 1, 1, dtype=torch.int64)
+    cache = kv_quantize(keys, keys, salient)
+    x, index = torch.ones(2, 3), torch.tensor([0])
+    monkeypatch.setenv("EFF_KERNELS", "bogus")
+    for call in (
+        lambda: kv_quantize(keys, keys, salient),
+        lambda: kv_dequantize(cache),
+        lambda: partial_linear(x, torch.ones(4, 3), torch.ones(4, 1), index),
+    ):
+        with pytest.raises(ValueError, match="EFF_KERNELS is 'bogus'; it must be one of auto, reference, cpu, triton"):
+            call()
 
 
 def test_triton_cannot_be_forced_on_a_dtype_without_a_kernel(monkeypatch):
@@ -92,6 +116,22 @@ def test_every_op_says_which_path_it_takes(capsys):
         assert f"{op}, " in out
 
 
+def test_the_paths_are_json_too(capsys, tmp_path, tiny):
+    file = tmp_path / "paths.json"
+    code, out, _ = run(capsys, "--op", "fake_quant", "--explain", "--json", "--out", str(file))
+    expected = {"op": "fake_quant", "case": "1000 values", "path": "cpu", "reason": "CPU tensor; vectorised"}
+    assert code == 0 and json.loads(out) == json.loads(file.read_text()) == [expected]
+
+
+def test_the_processor_is_named(monkeypatch):
+    cpu = torch.device("cpu")
+    text = "processor : 0\nmodel name\t: Fast Processor 9000 @ 3.0GHz\n"
+    monkeypatch.setattr(Path, "read_text", lambda self, **options: text)
+    assert device_name(cpu) == "Fast Processor 9000 @ 3.0GHz"
+    monkeypatch.setattr(Path, "read_text", lambda self, **options: "processor : 0\n")  # as on ARM
+    assert device_name(cpu) == (platform.processor() or platform.machine())
+
+
 def test_the_table_is_json_too(capsys, tmp_path, tiny):
     code, _, _ = run(capsys, "--op", "fake_quant", "--seconds", "0.01", "--json", "--out", str(tmp_path / "table.json"))
     assert code == 0
@@ -99,7 +139,9 @@ def test_the_table_is_json_too(capsys, tmp_path, tiny):
     ours, peer = found["rows"]
     assert ours["implementation"] == "eff" and ours["error"] == 0 and ours["over_ours"] == 1
     assert peer["implementation"] == "loop" and peer["over_ours"] == peer["milliseconds"] / ours["milliseconds"]
-    assert found["limits"]["copy_gb_s"] > 0
+    limits = found["limits"]
+    assert limits["copy_gb_s"] > 0 and limits["torch"] == torch.__version__
+    assert limits["device"] == device_name(torch.device("cpu")) and limits["threads"] == torch.get_num_threads()
 
 
 def test_a_wrong_result_is_said_and_fails(capsys, tiny):

@@ -174,11 +174,13 @@ def test_it_compiles_into_one_graph():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q_min": 3, "q_max": 3}, "q_min must be below q_max, got 3 and 3"),
-        ({"axis": 5}, "axis 5 does not exist in a tensor of 2 dimensions"),
-        ({"scale": torch.ones(2)}, r"scale must have shape \(\), got \(2,\)"),
-        ({"axis": 1, "scale": torch.ones(2)}, r"scale must have shape \(3,\), got \(2,\)"),
-        ({"offset": torch.ones(2)}, r"offset must have shape \(\), got \(2,\)"),
+        ({"q_min": 3, "q_max": 3}, "fake_quant: q_min and q_max are 3 and 3, expected q_min below q_max"),
+        ({"axis": 5}, "fake_quant: axis is 5, expected a dimension of x, which has 2"),
+        ({"scale": torch.ones(2)}, r"fake_quant: scale has shape \(2,\), expected \(\)"),
+        ({"axis": 1, "scale": torch.ones(2)}, r"fake_quant: scale has shape \(2,\), expected \(3,\)"),
+        ({"offset": torch.ones(2)}, r"fake_quant: offset has shape \(2,\), expected \(\)"),
+        ({"scale": torch.ones((), device="meta")}, "fake_quant: scale is on meta, x on cpu"),
+        ({"offset": torch.ones((), device="meta")}, "fake_quant: offset is on meta, x on cpu"),
     ],
 )
 def test_wrong_arguments_are_named(change, message):
@@ -188,8 +190,37 @@ def test_wrong_arguments_are_named(change, message):
 
 
 def test_integers_are_refused():
-    with pytest.raises(TypeError, match="floating-point tensor, got torch.int64"):
+    with pytest.raises(TypeError, match="fake_quant: x is int64, expected float32"):
         fake_quant(torch.ones(2, dtype=torch.int64), torch.tensor(1.0), -8, 7)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.ones(2, 3).to(torch.float8_e4m3fn)}, "x is float8_e4m3fn, expected float32"),
+        ({"x": [1.0]}, "x is list, expected a tensor of float32"),
+        ({"scale": torch.tensor(1)}, "scale is int64, expected float32"),
+        ({"scale": 0.1}, "scale is float, expected a tensor"),
+        ({"offset": torch.tensor(1)}, "offset is int64, expected float32"),
+        ({"q_min": -8.5}, "q_min is -8.5, expected an integer"),
+        ({"q_max": float("nan")}, "q_max is nan, expected an integer"),
+        ({"axis": 1.0}, "axis is 1.0, expected an integer"),
+    ],
+)
+def test_wrong_types_are_named(change, message):
+    arguments = {"x": torch.ones(2, 3), "scale": torch.tensor(1.0), "q_min": -8, "q_max": 7, **change}
+    with pytest.raises(TypeError, match=f"fake_quant: {message}"):
+        fake_quant(**arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+@pytest.mark.parametrize("value", [0.0, -0.1, float("nan"), float("inf"), 1e-60])
+def test_a_scale_that_is_no_step_is_refused(path, value, dtype):
+    x = torch.ones(2, 3)
+    with pytest.raises(ValueError, match=r"fake_quant: scale is .*, expected above 0 and finite"):
+        fake_quant(x, torch.tensor(value, dtype=dtype), -8, 7)
+    with pytest.raises(ValueError, match=r"fake_quant: scale (is|has values from) .*, expected above 0 and finite"):
+        fake_quant(x, torch.tensor([1.0, value], dtype=dtype), -8, 7, axis=0)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +286,7 @@ def test_differentiating_twice_is_refused():
 
 
 def test_levels_that_float32_cannot_round_are_refused():
-    with pytest.raises(ValueError, match=r"levels must lie within \+-4194304, got 0 and 16777216"):
+    with pytest.raises(ValueError, match=r"are 0 and 16777216, expected q_min below q_max, both within \+-4194304"):
         fake_quant(torch.ones(2), torch.tensor(1.0), 0, 2**24)
 
 
@@ -305,7 +336,7 @@ def test_groups_are_tensors_of_their_own(path, shape, group, with_offset):
         ({"group_size": 2}, "group_size is 2, expected a divisor of the last dimension of"),
         ({"group_size": 0}, "group_size is 0, expected a divisor"),
         ({"group_size": 3, "axis": 0}, "axis 0 and group_size 3 are both given"),
-        ({"group_size": 3}, r"scale must have shape \(2, 1\), got \(\)"),
+        ({"group_size": 3}, r"fake_quant: scale has shape \(\), expected \(2, 1\)"),
     ],
 )
 def test_groups_that_do_not_fit_are_refused(change, message):

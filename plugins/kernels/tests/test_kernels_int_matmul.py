@@ -204,6 +204,14 @@ VALID = {"x": X, "weight": W, "multiplier": M, "shift": E, "q_min": -128, "q_max
             {"x": torch.zeros(1, 65537, dtype=torch.int8), "weight": torch.zeros(3, 65537, dtype=torch.int8)},
             ValueError, "K is 65537, expected at most 65536 so that sums cannot overflow",
         ),
+        ({"q_min": -1.5}, TypeError, "int_matmul: q_min is -1.5, expected an integer"),
+        ({"q_max": float("nan")}, TypeError, "int_matmul: q_max is nan, expected an integer"),
+        ({"shift": torch.zeros_like(E)}, ValueError, "int_matmul: shift is 0, expected 1 to 62"),
+        ({"shift": torch.full_like(E, -1)}, ValueError, "int_matmul: shift is -1, expected 1 to 62"),
+        ({"shift": torch.full_like(E, 63)}, ValueError, "int_matmul: shift is 63, expected 1 to 62"),
+        ({"shift": torch.tensor([1, 70, 2]).int()}, ValueError, "int_matmul: shift has values from 1 to 70"),
+        ({"multiplier": torch.zeros_like(M)}, ValueError, "int_matmul: multiplier is 0, expected at least 1"),
+        ({"multiplier": torch.tensor([1, -5, 2]).int()}, ValueError, "int_matmul: multiplier has values from -5 to 2"),
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_named(change, error, message):

@@ -117,6 +117,20 @@ def test_wrong_features_are_refused(z, error, message):
         mutual_distances(z)
 
 
+def test_features_without_dimensions_are_refused_by_the_score():
+    with pytest.raises(ValueError, match=r"mutual_score: z has shape \(\), expected \(images, patches, channels\)"):
+        mutual_score(torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("exponent", [-130, -70, 41, 66, 120])
+def test_features_whose_squares_leave_float32_have_the_distances_of_scaled_ones(path, exponent):
+    z = features(3, 5, 4)
+    scaled = torch.ldexp(z.double(), torch.tensor(exponent)).float()
+    expected = torch.ldexp(by_loop(z), torch.tensor(exponent))
+    assert scaled.isfinite().all()
+    torch.testing.assert_close(mutual_distances(scaled).double(), expected, rtol=2e-5, atol=2e-5 * 2.0**exponent)
+
+
 @pytest.mark.parametrize(("low", "high"), [(-0.1, 0.3), (0.3, 0.3), (0.5, 0.2)])
 def test_a_wrong_interval_is_refused(low, high):
     with pytest.raises(ValueError, match="expected 0 <= low < high"):

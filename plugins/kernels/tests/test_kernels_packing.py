@@ -23,12 +23,23 @@ def test_unpacking_gives_back_what_was_packed(bits, data):
 
 
 def test_codes_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match=r"codes must be in \[0, 3\], got 0 to 4"):
+    with pytest.raises(ValueError, match="pack_bits: codes has values from 0 to 4, expected 0 to 3"):
         pack_bits(torch.tensor([0, 4]), 2)
-    with pytest.raises(ValueError, match="1 bytes cannot hold 5 codes of 2 bits"):
+    with pytest.raises(ValueError, match="unpack_bits: packed has 1 bytes, expected 2 for 5 codes of 2 bits"):
         unpack_bits(torch.zeros(1, dtype=torch.uint8), 2, 5)
-    with pytest.raises(ValueError, match="bits must be between 1 and 8, got 9"):
+    with pytest.raises(ValueError, match="pack_bits: bits is 9, expected 1 to 8"):
         pack_bits(torch.tensor([0]), 9)
+    with pytest.raises(TypeError, match="unpack_bits: bits is 2.5, expected an integer"):
+        unpack_bits(torch.zeros(1, dtype=torch.uint8), 2.5, 1)
+    with pytest.raises(TypeError, match="unpack_bits: packed is int32, expected uint8"):
+        unpack_bits(torch.zeros(1, dtype=torch.int32), 2, 1)
+
+
+def test_codes_in_float_are_refused_and_not_cut_off():
+    for pack, codes in ((pack_bits, torch.tensor([0.5])), (pack_rows, torch.full((1, 8), 1.0))):
+        with pytest.raises(TypeError, match=f"{pack.__name__}: codes is float32, expected uint8"):
+            pack(codes, 4)
+    assert pack_bits(torch.tensor([True, False, True]), 1).tolist() == [0b101]
 
 
 @pytest.mark.parametrize("bits", ROW_BITS)

@@ -170,3 +170,18 @@ def test_wrong_arguments_are_refused(change, error, message):
     given = {"x": torch.ones(2, 3), "weight": torch.ones(4, 3), "p": torch.ones(4, 2), "index": torch.tensor([0, 2])}
     with pytest.raises(error, match=message):
         partial_linear(**{**given, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"p": torch.ones(3, 2)}, ValueError, r"p has shape \(3, 2\), expected \(4, 2\)"),
+        ({"weight": torch.ones(4, 5)}, ValueError, r"weight has shape \(4, 5\), expected \(out, 3\)"),
+        ({"index": torch.tensor([0, 2], dtype=torch.int32)}, TypeError, "index is int32, expected int64"),
+        ({"bias": torch.ones(3)}, ValueError, r"bias has shape \(3,\), expected \(4,\)"),
+    ],
+)
+def test_compiling_checks_shapes_and_dtypes_too(change, error, message):
+    given = {"x": torch.ones(2, 3), "weight": torch.ones(4, 3), "p": torch.ones(4, 2), "index": torch.tensor([0, 2])}
+    with pytest.raises(error, match=f"partial_linear: {message}"):
+        torch.compile(partial_linear, backend="eager")(**{**given, **change})

@@ -175,6 +175,16 @@ def test_it_is_what_transformers_models_do():
         ({"lengths": [1, 2]}, ValueError, r"lengths are \[1, 2\], expected counts that add up to 2"),
         ({"lengths": [3, -1], "offsets": [0, 0]}, ValueError, "expected counts that add up to 2"),
         ({"inv_freq": torch.ones(1, device="meta")}, ValueError, "inv_freq is on meta, keys on cpu"),
+        (
+            {"offsets": torch.ones(1, dtype=torch.int64, device="meta")},
+            ValueError,
+            "rotate_keys: offsets is on meta, keys on cpu",
+        ),
+        (
+            {"offsets": [1, 2], "lengths": [1.0, 1.5]},
+            TypeError,
+            r"rotate_keys: lengths\[0\] is 1.0, expected an integer",
+        ),
     ],
 )
 def test_wrong_arguments_are_refused(change, error, message):

@@ -226,8 +226,15 @@ def test_a_wrong_step_is_refused_before_anything_changes(change, error, message)
     [
         (torch.ones(2), torch.zeros(3, dtype=torch.int64), r"indices has shape \(3,\), expected \(2,\)"),
         (torch.ones(2, 1), torch.zeros(2, dtype=torch.int64), r"values has shape \(2, 1\), expected \(k,\)"),
+        (torch.ones(1), torch.zeros(1, dtype=torch.int64, device="meta"), "densify: indices is on meta, values on cpu"),
     ],
 )
 def test_pairs_that_do_not_fit_are_refused(values, indices, message):
     with pytest.raises(ValueError, match=message):
         densify(values, indices, (5,))
+
+
+@pytest.mark.parametrize("index", [-1, 5])
+def test_an_index_outside_the_shape_is_named(index):
+    with pytest.raises(IndexError, match=f"densify: indices has values from {index} to {index}, expected 0 to 4"):
+        densify(torch.ones(1), torch.tensor([index]), (5,))

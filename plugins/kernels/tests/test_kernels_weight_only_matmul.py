@@ -1,5 +1,7 @@
 """weight_only_matmul against a float64 loop over levels, gradcheck, and torch's own 4-bit product."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -235,6 +237,55 @@ def test_more_rows_other_dtypes_and_gradients_take_the_packed_weight():
     for one in (x, x[:2].float(), x[:2].detach().requires_grad_()):
         found = weight_only_matmul(one, packed, scale, bits=4, zero_point=zero, prepacked=nonsense)
         assert torch.equal(found, weight_only_matmul(one, packed, scale, bits=4, zero_point=zero))
+
+
+@pytest.mark.parametrize("bits", ROW_BITS)
+@pytest.mark.parametrize("with_zero", [False, True])
+def test_many_rows_of_bfloat16_multiply_with_the_whole_weight(bits, with_zero, monkeypatch):
+    monkeypatch.setattr(cpu, "PIECE", 5 * 64)  # the whole weight is put together from pieces, the last one shorter
+    x, packed, scale, zero = inputs(cpu.WHOLE_ROWS, 32, 64, 2, bits, dtype=torch.bfloat16, with_zero=with_zero)
+    expected = x.double() @ weight_by_hand(packed, scale, zero, bits).t()
+    found = weight_only_matmul(x, packed, scale, bits=bits, zero_point=zero)
+    assert cpu.takes_whole(len(x), x.dtype) and found.dtype == torch.bfloat16
+    assert (found - expected).abs().max() <= 2e-2 * expected.abs().max()
+
+
+def test_a_prepacked_weight_is_refused_beside_any_other_weight():
+    x, packed, scale, zero = inputs(2, 32, 64, 1, 4, dtype=torch.bfloat16)
+    made = prepack(packed, scale, bits=4, zero_point=zero)
+
+    def product(packed=packed, scale=scale, zero=zero, bits=4, prepacked=made, x=x):
+        return weight_only_matmul(x, packed, scale, bits=bits, zero_point=zero, prepacked=prepacked)
+
+    for rows in (x, x.repeat(50, 1)):  # also where it would not be taken
+        with pytest.raises(
+            ValueError, match=r"weight_only_matmul: prepacked is of another weight \(32, 32\) in 4 bits"
+        ):
+            product(packed=packed.clone(), x=rows)
+    eight = prepack(packed, scale, bits=8)
+    for change in (
+        {"scale": scale * 2},
+        {"zero": None},
+        {"zero": zero + 1},
+        {"prepacked": prepack(*inputs(1, 48, 64, 1, 4)[1:3], bits=4)},
+        {"prepacked": prepack(*inputs(1, 32, 128, 1, 4)[1:3], bits=4)},
+        {"prepacked": eight},
+    ):
+        with pytest.raises(ValueError, match="prepacked is of another weight"):
+            product(**change)
+    with pytest.raises(TypeError, match="prepacked is tuple, expected what prepack returns"):
+        product(prepacked=(packed,))
+
+
+def test_a_prepacked_weight_stays_that_of_its_copy_and_of_views():
+    x, packed, scale, zero = inputs(2, 32, 64, 1, 4, dtype=torch.bfloat16)
+    kept = {"packed": packed, "scale": scale, "zero_point": zero}
+    kept["prepacked"] = prepack(packed, scale, bits=4, zero_point=zero)
+    expected = weight_only_matmul(x, bits=4, **kept)
+    copied = copy.deepcopy(kept)
+    assert torch.equal(weight_only_matmul(x, bits=4, **copied), expected)
+    seen = {**kept, "packed": packed.view(32, 32), "scale": scale.detach()}
+    assert torch.equal(weight_only_matmul(x, bits=4, **seen), expected)
 
 
 @pytest.mark.parametrize(

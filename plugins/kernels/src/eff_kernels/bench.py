@@ -91,7 +91,9 @@ def bench_kernels(
     op: Annotated[str | None, typer.Option(help="Only this op, e.g. fake_quant.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     seconds: Annotated[float, typer.Option(min=0.01, help="Time per implementation and case.")] = 0.6,
-    explain: Annotated[bool, typer.Option("--explain", help="Say which path each op takes and why.")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say which path each op takes and why; measure nothing.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
     out: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
 ) -> None:
@@ -114,7 +116,10 @@ def bench_kernels(
     chosen = [op] if op else known
     try:
         if explain:
-            _explain(chosen, target)
+            paths = [path for name in chosen for path in _paths(name, target)]
+            if out is not None:
+                write_text(out, json.dumps(paths, indent=2) + "\n")
+            typer.echo(json.dumps(paths, indent=2) if as_json else "\n".join(map(_sentence, paths)))
             return
         limits = Limits.measure(target, seconds)
         rows = [
@@ -137,10 +142,15 @@ def _cases(op: str, device: torch.device) -> Iterator[Case]:
     return iter(importlib.import_module(f"eff_kernels.{op}.bench").cases(device))
 
 
-def _explain(chosen: Sequence[str], device: torch.device) -> None:
-    for op in chosen:
-        for case in _cases(op, device):
-            typer.echo(f"{op}, {case.name}: {case.choice.path} ({case.choice.reason})")
+def _paths(op: str, device: torch.device) -> list[dict[str, str]]:
+    return [
+        {"op": op, "case": case.name, "path": case.choice.path, "reason": case.choice.reason}
+        for case in _cases(op, device)
+    ]
+
+
+def _sentence(path: Mapping[str, str]) -> str:
+    return f"{path['op']}, {path['case']}: {path['path']} ({path['reason']})"
 
 
 def device_name(device: torch.device) -> str:
@@ -204,7 +214,7 @@ class Limits:
         return 1e3 * max(case.moved / self.copy, computing)
 
     def as_json(self) -> dict[str, Any]:
-        """Return what is measured, with device, date and versions."""
+        """Return what is measured, with the device's model, date and versions."""
         import datetime
 
         import torch
@@ -217,6 +227,24 @@ class Limits:
             "copy_gb_s": self.copy / 1e9,
             "product_gflop_s": {dtype: rate / 1e9 for dtype, rate in self.products.items()},
         }
+
+
+def device_name(device: torch.device) -> str:
+    """Return the model of the GPU, or of the processor as the system names it."""
+    import platform
+
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:  # Linux, where platform.processor() has at most the architecture
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    models = [
+        value.strip() for name, _, value in (line.partition(":") for line in lines) if name.strip() == "model name"
+    ]
+    return next(filter(None, models), "") or platform.processor() or platform.machine()
 
 
 def _median_ms(implementations: Mapping[str, Calls], device: torch.device, seconds: float) -> dict[str, float]:
@@ -326,7 +354,7 @@ def _show(rows: Sequence[Row], limits: Limits, threads: int) -> None:
             )  # fmt: skip
     rates = "".join(f", {kind} products {rate / 1e9:.0f} GFLOP/s" for kind, rate in limits.products.items())
     print_table(
-        f"{limits.device}, {threads} threads, copy {limits.copy / 1e9:.1f} GB/s{rates}",
+        f"{device_name(limits.device)}, {threads} threads, copy {limits.copy / 1e9:.1f} GB/s{rates}",
         ["op", "case", "implementation", "median ms", "over eff", "of limit", *(["MB"] * with_memory), "eff is"],
         table,
         right=(3, 4, 5, 6) if with_memory else (3, 4, 5),

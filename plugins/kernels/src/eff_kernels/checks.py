@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def check_dtype(op: str, name: str, x: Tensor, expected: Sequence[torch.dtype]) -> None:
-    """Raise TypeError unless `x` has one of the dtypes."""
-    if x.dtype not in expected:
+    """Raise TypeError unless `x` is a tensor of one of the dtypes."""
+    if not isinstance(x, Tensor) or x.dtype not in expected:
         words = ", ".join(str(dtype).removeprefix("torch.") for dtype in expected)
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{op}: {name} is {type(x).__name__}, expected a tensor of {words}")
         raise TypeError(f"{op}: {name} is {str(x.dtype).removeprefix('torch.')}, expected {words}")
 
 
@@ -57,3 +61,27 @@ def check_range(op: str, name: str, value: float, low: float, high: float) -> No
     """Raise ValueError unless low <= value <= high; NaN is outside."""
     if not low <= value <= high:
         raise ValueError(f"{op}: {name} is {value}, expected {low} to {high}")
+
+
+def check_integer(op: str, name: str, value: object) -> None:
+    """Raise TypeError unless `value` is a whole number of an integer type."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{op}: {name} is {value!r}, expected an integer")
+
+
+def check_values(op: str, name: str, x: Tensor, low: float, high: float, expected: str) -> None:
+    """Raise ValueError unless low <= x <= high everywhere; NaN is outside.
+
+    Looks at plain tensors on the CPU only: on another device it would wait for it, under torch.compile there are no values.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
+        return
+    if x.ndim == 0:
+        least = most = x.item()
+    elif not x.numel():
+        return
+    else:
+        least, most = (bound.item() for bound in torch.aminmax(x.detach()))
+    if not low <= least <= most <= high:
+        found = f"is {least}" if least == most or x.ndim == 0 else f"has values from {least} to {most}"
+        raise ValueError(f"{op}: {name} {found}, expected {expected}")

@@ -1,7 +1,8 @@
 """Which implementation of an op runs: one mechanism for all ops.
 
 An op is a package `eff_kernels.<name>` with the modules `reference`, `cpu` and `triton_kernel`, whose functions have the
-same names and arguments. `EFF_KERNELS` forces one (reference, cpu, triton); "auto" or unset chooses by device and dtype.
+same names and arguments. `EFF_KERNELS` forces one (reference, cpu, triton); "auto", empty or unset chooses by device and
+dtype. What has one implementation only (packing a cache, a product that keeps nothing) looks at it all the same.
 Where one of them has several ways (by shape), it chooses itself and says which in the benchmark's `Choice`.
 """
 
@@ -52,11 +53,23 @@ class Op:
         Raises:
             ValueError: EFF_KERNELS holds an unknown word, or forces triton where no kernel can run.
         """
-        return _choose(self, os.environ.get("EFF_KERNELS", "auto"), x.device.type, x.dtype)
+        return _choose(self, requested(), x.device.type, x.dtype)
 
     def implementation(self, x: torch.Tensor) -> ModuleType:
         """Return the module that runs for this tensor."""
         return _module(self.name, self.choose(x).path)
+
+
+def requested() -> str:
+    """Return the word of EFF_KERNELS, "auto" where it is empty or unset.
+
+    Raises:
+        ValueError: it is none that there is.
+    """
+    wanted = os.environ.get("EFF_KERNELS") or "auto"
+    if wanted != "auto" and wanted not in PATHS:
+        raise ValueError(f"EFF_KERNELS is '{wanted}'; it must be one of auto, {', '.join(PATHS)}")
+    return wanted
 
 
 @functools.cache
@@ -71,8 +84,6 @@ def _choose(op: Op, wanted: str, device_type: str, dtype: torch.dtype) -> Choice
         _check_triton_can_run(op, device_type, dtype)
     if wanted in PATHS:
         return Choice(wanted, f"EFF_KERNELS={wanted}")
-    if wanted != "auto":
-        raise ValueError(f"EFF_KERNELS is '{wanted}'; it must be one of auto, {', '.join(PATHS)}")
     if device_type == "cpu":
         return Choice("cpu", "CPU tensor")
     if device_type == "cuda" and dtype in op.dtypes:

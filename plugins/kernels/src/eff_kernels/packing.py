@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eff_kernels.checks import check_choice
+from eff_kernels.checks import INTEGERS, check_choice, check_dtype, check_integer, check_range
 
 ROW_BITS = (2, 3, 4, 8)
 """Widths that `unpack_rows` knows."""
@@ -22,25 +22,25 @@ _SPREAD = {
 """How to pull the codes in a word apart into one byte each: shift the upper half up, keep what is in place, again."""
 
 
-def pack_bits(codes: Tensor, bits: int) -> Tensor:
+def pack_bits(codes: Tensor, bits: int, *, op: str = "pack_bits") -> Tensor:
     """Return unsigned codes as a dense stream of bytes.
 
     Args:
-        codes: integers in [0, 2^bits - 1], any shape.
+        codes: integers in [0, 2^bits - 1], any shape, of an integer dtype or bool.
         bits: 1 to 8.
+        op: who asks, named in errors.
 
     Returns:
         uint8 vector of ceil(codes.numel() * bits / 8) bytes; code i has bits i*bits to i*bits+bits-1,
         least significant first.
 
     Raises:
+        TypeError: the codes are no integers.
         ValueError: a code does not fit, or bits is out of range.
     """
-    if not 1 <= bits <= 8:
-        raise ValueError(f"bits must be between 1 and 8, got {bits}")
+    check_width(op, bits)
+    check_codes(op, codes, bits)
     flat = codes.flatten()
-    if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= 2**bits):
-        raise ValueError(f"codes must be in [0, {2**bits - 1}], got {int(flat.min())} to {int(flat.max())}")
     count = flat.numel()
     eights = torch.cat([flat.to(torch.uint8), flat.new_zeros(-count % 8, dtype=torch.uint8)]).view(-1, 8)
     word = torch.zeros(len(eights), dtype=torch.int64, device=codes.device)
@@ -54,12 +54,15 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     """Return `count` unsigned codes (int32 vector) from what `pack_bits` made.
 
     Raises:
+        TypeError: the stream is not uint8.
         ValueError: the stream is too short, or bits is out of range.
     """
-    if not 1 <= bits <= 8:
-        raise ValueError(f"bits must be between 1 and 8, got {bits}")
+    check_width("unpack_bits", bits)
+    check_dtype("unpack_bits", "packed", packed, (torch.uint8,))
     if packed.numel() * 8 < count * bits:
-        raise ValueError(f"{packed.numel()} bytes cannot hold {count} codes of {bits} bits")
+        raise ValueError(
+            f"unpack_bits: packed has {packed.numel()} bytes, expected {-(-count * bits // 8)} for {count} codes of {bits} bits"
+        )
     stream = packed.flatten()[: -(-count * bits // 8)]
     units = torch.cat([stream, stream.new_zeros(-len(stream) % bits)]).view(-1, bits)
     word = torch.zeros(len(units), dtype=torch.int64, device=packed.device)
@@ -73,12 +76,13 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
     """Return codes (N, K) packed per row, uint8 (N, K * bits / 8).
 
     Raises:
+        TypeError: the codes are no integers.
         ValueError: the codes are no matrix, K is no multiple of 8, a code does not fit, or bits is none of `ROW_BITS`.
     """
     check_choice("pack_rows", "bits", bits, ROW_BITS)
     if codes.ndim != 2 or codes.shape[1] % 8:
         raise ValueError(f"pack_rows: codes has shape {tuple(codes.shape)}, expected (N, K) with K a multiple of 8")
-    return pack_bits(codes, bits).view(len(codes), codes.shape[1] * bits // 8)
+    return pack_bits(codes, bits, op="pack_rows").view(len(codes), codes.shape[1] * bits // 8)
 
 
 def unpack_rows(packed: Tensor, bits: int, work: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -106,6 +110,21 @@ def unpack_rows(packed: Tensor, bits: int, work: tuple[Tensor, Tensor] | None = 
         torch.bitwise_left_shift(word, shift, out=shifted)
         word.bitwise_or_(shifted).bitwise_and_(mask)
     return word.view(torch.uint8)
+
+
+def check_width(op: str, bits: int) -> None:
+    """Raise unless `bits` is a width of a stream."""
+    check_integer(op, "bits", bits)
+    check_range(op, "bits", bits, 1, 8)
+
+
+def check_codes(op: str, codes: Tensor, bits: int) -> None:
+    """Raise unless the codes are integers of `bits` bits; waits for the device."""
+    check_dtype(op, "codes", codes, (*INTEGERS, torch.bool))
+    if codes.numel():
+        low, high = int(codes.min()), int(codes.max())
+        if low < 0 or high >= 2**bits:
+            raise ValueError(f"{op}: codes has values from {low} to {high}, expected 0 to {2**bits - 1}")
 
 
 def unpacking_buffers(rows: int, row_bytes: int, bits: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,9 @@ byte, or two bytes a 16-bit code. A matrix takes N * K / dim * bits / 8 bytes an
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -62,15 +65,27 @@ def codebook_matmul(x: Tensor, packed: Tensor, codebook: Tensor, *, bits: int) -
     k = packed.shape[1] * 8 // bits * codebook.shape[1]
     if x.shape[-1] != k:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected (..., {k})")
-    return library.run(x.reshape(-1, k), packed, codebook, bits).view(*x.shape[:-1], len(packed))
+    with _naming_codes(op, packed, codebook, bits):
+        return library.run(x.reshape(-1, k), packed, codebook, bits).view(*x.shape[:-1], len(packed))
 
 
 def decode(packed: Tensor, codebook: Tensor, *, bits: int) -> Tensor:
     """Return the weight (N, K) that `codebook_matmul` multiplies with, without a gradient; arguments and errors as there."""
     check_dtype("decode", "codebook", codebook, FLOATS)
     _check_weight("decode", packed, codebook, bits)
-    result: Tensor = library.decode_op(packed, codebook.detach(), bits)
+    with _naming_codes("decode", packed, codebook, bits):
+        result: Tensor = library.decode_op(packed, codebook.detach(), bits)
     return result
+
+
+@contextlib.contextmanager
+def _naming_codes(op: str, packed: Tensor, codebook: Tensor, bits: int) -> Iterator[None]:
+    """Say which code the codebook lacks, once the look-up has failed: no pass for what is rarely wrong."""
+    try:
+        yield
+    except IndexError as error:
+        found = int(unpack_codes(packed, bits).max())
+        raise IndexError(f"{op}: packed has the code {found}, expected 0 to {len(codebook) - 1}") from error
 
 
 def _check_weight(op: str, packed: Tensor, codebook: Tensor, bits: int) -> None:

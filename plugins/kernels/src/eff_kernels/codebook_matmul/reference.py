@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eff_kernels.packing import pack_bits, unpack_rows
+from eff_kernels.packing import check_codes, pack_bits, unpack_rows
 
 CODE_BITS = (4, 8, 16)
 
@@ -14,6 +14,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Return codes (N, J) as rows of bytes, uint8 (N, J * bits / 8); the same bit order as `eff_kernels.packing`.
 
     Raises:
+        TypeError: the codes are no integers.
         ValueError: the codes are no matrix or do not fill whole bytes, a code does not fit, or bits is none of 4, 8, 16.
     """
     if bits not in CODE_BITS:
@@ -21,10 +22,10 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     if codes.ndim != 2 or codes.shape[1] * bits % 8:
         raise ValueError(f"pack_codes: codes has shape {tuple(codes.shape)}, expected (N, J), J even for 4 bits")
     if bits == 16:
-        if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 2**16):
-            raise ValueError(f"codes must be in [0, 65535], got {int(codes.min())} to {int(codes.max())}")
+        check_codes("pack_codes", codes, bits)
+        codes = codes.int()  # a byte has no high half to shift out
         codes, bits = torch.stack([codes & 255, codes >> 8], -1).flatten(1), 8
-    return pack_bits(codes, bits).view(len(codes), codes.shape[1] * bits // 8)
+    return pack_bits(codes, bits, op="pack_codes").view(len(codes), codes.shape[1] * bits // 8)
 
 
 def unpack_codes(packed: Tensor, bits: int) -> Tensor:

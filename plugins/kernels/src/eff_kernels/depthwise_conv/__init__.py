@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from eff_kernels.checks import FLOATS, check_choice, check_device, check_dtype, check_range, check_shape
+from eff_kernels.checks import FLOATS, check_choice, check_device, check_dtype, check_integer, check_range, check_shape
 from eff_kernels.depthwise_conv import library
 
 __all__ = ["depthwise_conv"]
@@ -40,7 +40,7 @@ def depthwise_conv(
         (N, C, ceil(H / stride), ceil(W / stride)) in the dtype and, for stride 1, the memory format of `x`.
 
     Raises:
-        TypeError: an argument is not floating point.
+        TypeError: a tensor is not floating point, or stride or dilation no integer.
         ValueError: a shape, a device, the kernel's size, stride or dilation does not fit, or `x` is empty apart from N.
     """
     op = "depthwise_conv"
@@ -53,8 +53,9 @@ def depthwise_conv(
     check_choice(op, "kernel height", weight.shape[2], KERNELS)
     check_shape(op, "weight", weight, (x.shape[1], 1, weight.shape[2], weight.shape[2]))
     check_device(op, "weight", weight, "x", x)
-    check_range(op, "stride", stride, 1, float("inf"))
-    check_range(op, "dilation", dilation, 1, float("inf"))
+    for name, value in (("stride", stride), ("dilation", dilation)):
+        check_integer(op, name, value)
+        check_range(op, name, value, 1, float("inf"))
     if bias is not None:
         check_dtype(op, "bias", bias, FLOATS)
         check_shape(op, "bias", bias, (x.shape[1],))

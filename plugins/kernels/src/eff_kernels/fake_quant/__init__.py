@@ -11,12 +11,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from eff_kernels.checks import FLOATS, check_device, check_dtype, check_integer, check_shape, check_values
 from eff_kernels.fake_quant import library
 
 __all__ = ["fake_quant"]
 
 MAX_LEVEL = 2**22
 """Largest level: the Triton kernel rounds by adding 1.5 * 2^23, exact for float32 up to here."""
+_LEAST, _MOST = 5e-324, torch.finfo(torch.float64).max
+"""Finite numbers above 0."""
 
 
 def fake_quant(
@@ -40,11 +43,12 @@ def fake_quant(
 
     Args:
         x: values, any shape; float16, bfloat16, float32 or float64.
-        scale: the step, > 0 (not checked: that would wait for the device). Shape () or, with
-            `axis`, (x.shape[axis],). Computed in float32 (float64 for float64 `x`).
+        scale: the step, floating point, finite and > 0 (looked at on the CPU only, and not under torch.compile: elsewhere
+            that would wait for the device). Shape () or, with `axis`, (x.shape[axis],). Computed in float32 (float64 for
+            float64 `x`).
         q_min: smallest level.
         q_max: largest level, above `q_min`.
-        offset: the LSQ+ offset, same shape as `scale`, in the unit of `x`; None is 0.
+        offset: the LSQ+ offset, floating point, same shape as `scale`, in the unit of `x`; None is 0.
         axis: dimension of `x` that has a scale per index; None is one scale for the tensor.
         group_size: one scale for so many consecutive elements of the last dimension, in the place of `axis`; `scale` then
             has shape (*x.shape[:-1], x.shape[-1] // group_size).
@@ -54,41 +58,46 @@ def fake_quant(
         Tensor like `x`. NaN in `x` stays NaN, gets gradient 0 and makes the scale's gradient NaN.
 
     Raises:
-        TypeError: `x` is not floating point.
-        ValueError: the range is empty or beyond +-2^22, the axis does not exist, groups do not divide the last dimension, or
-            a shape does not fit.
+        TypeError: `x`, `scale` or `offset` is not floating point, or a level, the axis or the group size no integer.
+        ValueError: the range is empty or beyond +-2^22, the axis does not exist, groups do not divide the last dimension, a
+            shape or device does not fit, or a scale is not above 0 and finite.
     """
-    if not x.is_floating_point():
-        raise TypeError(f"fake_quant needs a floating-point tensor, got {x.dtype}")
-    if q_min >= q_max:
-        raise ValueError(f"q_min must be below q_max, got {q_min} and {q_max}")
-    if max(-q_min, q_max) > MAX_LEVEL:
-        raise ValueError(f"levels must lie within +-{MAX_LEVEL}, got {q_min} and {q_max}")
-    if axis is not None and not -x.ndim <= axis < x.ndim:
-        raise ValueError(f"axis {axis} does not exist in a tensor of {x.ndim} dimensions")
+    op = "fake_quant"
+    check_dtype(op, "x", x, FLOATS)
+    check_integer(op, "q_min", q_min)
+    check_integer(op, "q_max", q_max)
+    if not -MAX_LEVEL <= q_min < q_max <= MAX_LEVEL:
+        raise ValueError(
+            f"{op}: q_min and q_max are {q_min} and {q_max}, expected q_min below q_max, both within +-{MAX_LEVEL}"
+        )
+    if axis is not None:
+        check_integer(op, "axis", axis)
+        if not -x.ndim <= axis < x.ndim:
+            raise ValueError(f"{op}: axis is {axis}, expected a dimension of x, which has {x.ndim}")
     if group_size is not None:
+        check_integer(op, "group_size", group_size)
         if axis is not None:
-            raise ValueError(
-                f"fake_quant: axis {axis} and group_size {group_size} are both given, expected one of them"
-            )
+            raise ValueError(f"{op}: axis {axis} and group_size {group_size} are both given, expected one of them")
         if x.ndim < 1 or group_size < 1 or x.shape[-1] % group_size:
             raise ValueError(
-                f"fake_quant: group_size is {group_size}, expected a divisor of the last dimension of {tuple(x.shape)}"
+                f"{op}: group_size is {group_size}, expected a divisor of the last dimension of {tuple(x.shape)}"
             )
     wanted = _scale_shape(x, axis, group_size)
     for name, value in (("scale", scale), ("offset", offset)):
-        if value is not None and tuple(value.shape) != wanted:
-            raise ValueError(f"{name} must have shape {wanted}, got {tuple(value.shape)}")
-    if group_size is not None:
-        flat = None if offset is None else offset.reshape(-1)
-        grouped = x.reshape(-1, group_size)
-        return fake_quant(grouped, scale.reshape(-1), q_min, q_max, offset=flat, axis=0, grad_scale=grad_scale).view(
-            x.shape
-        )
-    dim = -1 if axis is None else axis % x.ndim
+        if value is not None:
+            check_dtype(op, name, value, FLOATS)
+            check_shape(op, name, value, wanted)
+            check_device(op, name, value, "x", x)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    scale = scale.to(wide)
+    check_values(op, "scale", scale, _LEAST, _MOST, "above 0 and finite")
+    shape, dim = x.shape, -1 if axis is None else axis % x.ndim
+    if group_size is not None:
+        x, scale, dim = x.reshape(-1, group_size), scale.reshape(-1), 0
+        offset = None if offset is None else offset.reshape(-1)
     beta = None if offset is None else offset.to(wide)
-    return library.run(x, scale.to(wide), beta, q_min, q_max, dim, grad_scale)
+    y = library.run(x, scale, beta, q_min, q_max, dim, grad_scale)
+    return y if group_size is None else y.view(shape)
 
 
 def _scale_shape(x: Tensor, axis: int | None, group_size: int | None) -> tuple[int, ...]:

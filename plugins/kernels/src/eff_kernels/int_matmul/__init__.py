@@ -11,7 +11,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eff_kernels.checks import check_choice, check_contiguous, check_device, check_dtype, check_not_empty, check_shape
+from eff_kernels.checks import (
+    check_choice,
+    check_contiguous,
+    check_device,
+    check_dtype,
+    check_integer,
+    check_not_empty,
+    check_shape,
+    check_values,
+)
 from eff_kernels.int_matmul import library
 
 __all__ = ["dyadic", "int_matmul", "longest_sum", "scaled_int_matmul"]
@@ -50,8 +59,9 @@ def int_matmul(
     Args:
         x: activations, shape (..., K), int8 or uint8 (4-bit codes are either), zero point 0.
         weight: shape (N, K), int8, contiguous.
-        multiplier: m of `dyadic`, shape (N,), int32.
-        shift: e of `dyadic`, shape (N,), int32, in [1, 62] (not checked: that would wait for the device).
+        multiplier: m of `dyadic`, shape (N,), int32, above 0.
+        shift: e of `dyadic`, shape (N,), int32, in [1, 62]. Both are looked at on the CPU only, and not under
+            torch.compile: elsewhere that would wait for the device.
         q_min: smallest level of the result.
         q_max: largest level of the result; with `q_min` in [-128, 127] or in [0, 255].
         bias: on the grid of the sums (scale of x times scale of the weight), shape (N,), int32; None is 0.
@@ -61,8 +71,9 @@ def int_matmul(
         Shape (..., N), int8 where the levels fit it, else uint8.
 
     Raises:
-        TypeError: a dtype is not as stated.
-        ValueError: a shape, device or layout does not fit, the range is empty or too wide, K is above `longest_sum`.
+        TypeError: a dtype is not as stated, or `q_min` or `q_max` is no integer.
+        ValueError: a shape, device or layout does not fit, the range is empty or too wide, K is above `longest_sum`, a
+            multiplier or shift is out of range.
     """
     op = "int_matmul"
     _check_operands(op, x, weight)
@@ -71,9 +82,13 @@ def int_matmul(
             check_dtype(op, name, value, (torch.int32,))
             check_shape(op, name, value, (weight.shape[0],))
             check_device(op, name, value, "x", x)
+    check_integer(op, "q_min", q_min)
+    check_integer(op, "q_max", q_max)
     if not (-128 <= q_min < q_max <= 127 or 0 <= q_min < q_max <= 255):
         raise ValueError(f"{op}: q_min and q_max are {q_min} and {q_max}, expected a range in [-128, 127] or [0, 255]")
     check_choice(op, "rounding", rounding, ROUNDINGS)
+    check_values(op, "multiplier", multiplier, 1, 2**31 - 1, "at least 1, as dyadic gives it")
+    check_values(op, "shift", shift, 1, MAX_SHIFT, f"1 to {MAX_SHIFT}, as dyadic gives it")
     k = weight.shape[1]
     y = library.run(x.reshape(-1, k), weight, multiplier, shift, bias, q_min, q_max, rounding == "half_even")
     return y.view(*x.shape[:-1], weight.shape[0])

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from eff_kernels.checks import FLOATS, check_choice, check_device, check_dtype, check_not_empty, check_shape
+from eff_kernels.dispatch import requested
 from eff_kernels.kv_quant import library
 from eff_kernels.kv_quant.cache import (
     SCHEMES,
@@ -96,6 +97,7 @@ def kv_quantize_parts(
     Raises:
         TypeError, ValueError: a dtype, shape or width does not fit, parts overlap, NaN or infinity in keys or values.
     """
+    requested()
     op = "kv_quantize"
     _check(op, keys, values, [width for _, *widths in parts for width in widths])
     for scheme in (key_scheme, value_scheme):
@@ -151,6 +153,7 @@ def _check(op: str, keys: Tensor, values: Tensor, widths: Sequence[int]) -> None
 
 def kv_dequantize(cache: QuantizedKV) -> tuple[Tensor, Tensor]:
     """Return keys and values (batch, heads, length, dim) in their order and dtype; 0 for what is not stored."""
+    requested()
     shape = cache.shape
     device = cache.parts[0].member.device
     keys, values = (torch.zeros(shape, dtype=cache.dtype, device=device) for _ in range(2))

@@ -8,13 +8,19 @@ time: N numbers per patch are kept for N images.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from eff_kernels.checks import FLOATS, check_dtype, check_not_empty, check_range, check_shape
 from eff_kernels.mutual_score import library
+from eff_kernels.mutual_score.reference import wide_dtype
 
 __all__ = ["mutual_distances", "mutual_score"]
+
+SQUARED_SAFELY = 40
+"""Features up to 2^40 in magnitude, and sets whose largest is at least 2^-41, are squared and added as they are."""
 
 
 def mutual_distances(z: Tensor) -> Tensor:
@@ -33,14 +39,34 @@ def mutual_distances(z: Tensor) -> Tensor:
         TypeError: `z` is not floating point.
         ValueError: wrong shape, fewer than 2 images, no patches, or NaN or infinity in it.
     """
-    check_dtype("mutual_distances", "z", z, FLOATS)
-    check_shape("mutual_distances", "z", z, ("images", "patches", "channels"))
-    check_not_empty("mutual_distances", "z", z)
-    check_range("mutual_distances", "number of images", len(z), 2, torch.inf)
-    if not torch.compiler.is_compiling() and not bool(torch.isfinite(z).all()):
-        raise ValueError("mutual_distances: z holds NaN or infinity, expected finite features")
-    result: Tensor = library.mutual_distances_op(z)
-    return result
+    _check("mutual_distances", z)
+    return _distances("mutual_distances", z)
+
+
+def _check(op: str, z: Tensor) -> None:
+    check_dtype(op, "z", z, FLOATS)
+    check_shape(op, "z", z, ("images", "patches", "channels"))
+    check_not_empty(op, "z", z)
+    check_range(op, "number of images", len(z), 2, torch.inf)
+
+
+def _distances(op: str, z: Tensor) -> Tensor:
+    """Return the distances; where squares would leave float32 they are taken of features scaled by a power of two."""
+    if torch.compiler.is_compiling():
+        found: Tensor = library.mutual_distances_op(z)
+        return found
+    low, high = torch.aminmax(z.detach())
+    largest = float(torch.maximum(-low, high))
+    if not math.isfinite(largest):
+        raise ValueError(f"{op}: z holds NaN or infinity, expected finite features")
+    exponent = math.frexp(largest)[1]
+    if not largest or abs(exponent) <= SQUARED_SAFELY:
+        result: Tensor = library.mutual_distances_op(z)
+        return result
+    # In two factors: 2^-exponent alone may be no normal number.
+    half, rest = math.ldexp(1.0, exponent // 2), math.ldexp(1.0, exponent - exponent // 2)
+    scaled: Tensor = library.mutual_distances_op(z.to(wide_dtype(z)) / half / rest)
+    return scaled * half * rest
 
 
 def mutual_score(z: Tensor, low: float = 0.0, high: float = 0.3) -> Tensor:
@@ -54,10 +80,13 @@ def mutual_score(z: Tensor, low: float = 0.0, high: float = 0.3) -> Tensor:
     Raises:
         TypeError, ValueError: as `mutual_distances`, or low and high are no interval.
     """
+    _check("mutual_score", z)
     others = len(z) - 1
     if not 0 <= low < high:
         raise ValueError(f"mutual_score: low and high are {low} and {high}, expected 0 <= low < high")
     last = min(others, max(1, int(high if high >= 1 else high * others)))
     first = min(last - 1, int(low if low >= 1 else low * others))
-    nearest = mutual_distances(z).topk(last, dim=1, largest=False).values  # the image itself, at infinity, never is
+    nearest = (
+        _distances("mutual_score", z).topk(last, dim=1, largest=False).values
+    )  # the image itself, at infinity, never is
     return nearest[:, first:].mean(1)

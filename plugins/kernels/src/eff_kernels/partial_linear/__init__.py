@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from eff_kernels.checks import FLOATS, check_device, check_dtype, check_shape
+from eff_kernels.checks import FLOATS, check_device, check_dtype, check_shape, check_values
 from eff_kernels.partial_linear import library
 
 __all__ = ["partial_linear"]
@@ -37,7 +37,8 @@ def partial_linear(
         weight: W (out, in), which already holds `scale * p` in the columns `index`; gets no gradient. Of another dtype
             (under autocast) it is converted for the product and kept as it is.
         p: what is trained (out, r), any floating dtype; its gradient has it too.
-        index: the columns, (r,) int64, each in [0, in) (on a GPU not looked at: others give NaN gradients).
+        index: the columns, (r,) int64, each in [0, in). Looked at on the CPU only (on a GPU others give NaN gradients);
+            under torch.compile one that is out of range is torch's error.
         bias: (out,), any floating dtype.
         scale: s.
         again: returns W anew in the backward pass, where it is too large to be kept (a quantized base).
@@ -50,26 +51,23 @@ def partial_linear(
         ValueError: a shape, device or index does not fit.
     """
     op = "partial_linear"
-    if not torch.compiler.is_compiling():
-        check_dtype(op, "x", x, FLOATS)
-        check_dtype(op, "weight", weight, FLOATS)
-        check_dtype(op, "p", p, FLOATS)
-        check_dtype(op, "index", index, (torch.int64,))
-        if x.ndim < 1 or not index.numel():
-            raise ValueError(
-                f"{op}: x has {x.ndim} dimensions and index {index.numel()} entries, expected at least one of each"
-            )
-        check_shape(op, "weight", weight, ("out", x.shape[-1]))
-        check_shape(op, "index", index, ("r",))
-        check_shape(op, "p", p, (len(weight), len(index)))
-        if bias is not None:
-            check_dtype(op, "bias", bias, FLOATS)
-            check_shape(op, "bias", bias, (len(weight),))
-            check_device(op, "bias", bias, "x", x)
-        for name, other in (("weight", weight), ("p", p), ("index", index)):
-            check_device(op, name, other, "x", x)
-        if index.device.type == "cpu" and not 0 <= int(index.min()) <= int(index.max()) < x.shape[-1]:
-            raise ValueError(
-                f"{op}: index has values from {int(index.min())} to {int(index.max())}, expected 0 to {x.shape[-1] - 1}"
-            )
+    check_dtype(op, "x", x, FLOATS)
+    check_dtype(op, "weight", weight, FLOATS)
+    check_dtype(op, "p", p, FLOATS)
+    check_dtype(op, "index", index, (torch.int64,))
+    if x.ndim < 1 or not index.numel():
+        raise ValueError(
+            f"{op}: x has {x.ndim} dimensions and index {index.numel()} entries, expected at least one of each"
+        )
+    check_shape(op, "weight", weight, ("out", x.shape[-1]))
+    check_shape(op, "index", index, ("r",))
+    check_shape(op, "p", p, (len(weight), len(index)))
+    if bias is not None:
+        check_dtype(op, "bias", bias, FLOATS)
+        check_shape(op, "bias", bias, (len(weight),))
+        check_device(op, "bias", bias, "x", x)
+    for name, other in (("weight", weight), ("p", p), ("index", index)):
+        check_device(op, name, other, "x", x)
+    last = x.shape[-1] - 1
+    check_values(op, "index", index, 0, last, f"0 to {last}")
     return library.run(x, weight, p, index, bias, scale, again)

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from eff_kernels.checks import FLOATS, check_device, check_dtype, check_shape
+from eff_kernels.checks import FLOATS, check_device, check_dtype, check_integer, check_shape
 from eff_kernels.rotate_keys import library
 
 __all__ = ["rotate_keys"]
@@ -40,7 +40,8 @@ def rotate_keys(
 
     Args:
         keys: rotated keys (batch, heads, length, dim); float16, bfloat16, float32 or float64 (which is computed in float64).
-        offsets: d of each segment, negative to the left: a number, (segments,), or (batch, segments).
+        offsets: d of each segment, negative to the left: a number, (segments,), or (batch, segments); integers, a tensor
+            on the device of the keys.
         inv_freq: theta, (R / 2,) with R <= dim even, as the model has it: with linear or frequency-wise scaling, without
             attention factors. Channels from R on stay as they are (partial rotary).
         lengths: tokens of each segment, in order; together `length`. None: one segment.
@@ -50,7 +51,7 @@ def rotate_keys(
         Like `keys`, contiguous.
 
     Raises:
-        TypeError: a wrong dtype.
+        TypeError: a wrong dtype, or a length that is no integer.
         ValueError: a shape or device does not fit, lengths do not add up, or inv_freq is not finite.
     """
     op = "rotate_keys"
@@ -62,9 +63,13 @@ def rotate_keys(
     if not 0 < 2 * len(inv_freq) <= dim:
         raise ValueError(f"{op}: inv_freq has {len(inv_freq)} entries, expected 1 to {dim // 2} for {dim} channels")
     check_device(op, "inv_freq", inv_freq, "keys", keys)
+    if isinstance(offsets, Tensor):
+        check_device(op, "offsets", offsets, "keys", keys)
     moved = torch.as_tensor(offsets, device=keys.device)
     check_dtype(op, "offsets", moved, _INTEGERS)
-    segments = [length] if lengths is None else [int(count) for count in lengths]
+    segments = [length] if lengths is None else list(lengths)
+    for index, count in enumerate(segments if lengths is not None else ()):
+        check_integer(op, f"lengths[{index}]", count)
     if sum(segments) != length or min(segments, default=0) < 0:
         raise ValueError(f"{op}: lengths are {segments}, expected counts that add up to {length}")
     moved = moved.expand(len(segments)) if moved.ndim == 0 else moved

@@ -150,15 +150,24 @@ def densify(values: Tensor, indices: Tensor, shape: tuple[int, ...]) -> Tensor:
         shape: of the result.
 
     Raises:
-        TypeError, ValueError: a wrong dtype or shape; an index outside is torch's error.
+        TypeError, ValueError: a wrong dtype, shape or device.
+        IndexError: an index is negative or beyond the shape (on the CPU; on a GPU torch's own assertion stops the process
+            at those beyond it, and negative ones count from the end).
     """
     check_dtype("densify", "values", values, FLOATS)
     check_dtype("densify", "indices", indices, (torch.int64,))
     check_shape("densify", "values", values, ("k",))
     check_shape("densify", "indices", indices, (len(values),))
+    check_device("densify", "indices", indices, "values", values)
     flat = values.new_zeros(torch.Size(shape).numel())
     if values.device.type == "cpu":
-        return flat.index_add_(0, indices, values).view(shape)
+        try:
+            return flat.index_add_(0, indices, values).view(shape)
+        except IndexError as error:
+            low, high = int(indices.min()), int(indices.max())
+            raise IndexError(
+                f"densify: indices has values from {low} to {high}, expected 0 to {flat.numel() - 1}"
+            ) from error
     # A GPU sorts the indices for index_put_, where index_add_ would add with atomics, in any order.
     return flat.index_put_((indices,), values, accumulate=True).view(shape)
 

@@ -54,14 +54,16 @@ def weight_only_matmul(
         bits: 2, 3, 4 or 8.
         zero_point: level that stands for 0, need not be an integer, shape (N, G), floating point; None is 2^(bits-1).
         prepacked: `prepack` of the same weight. Taken for up to 32 rows of bfloat16 on the CPU without a gradient,
-            where it is several times faster; its scales are bfloat16. Otherwise the packed weight is.
+            where it is several times faster; its scales are bfloat16. Otherwise the packed weight is. `packed`, `scale`
+            and `zero_point` must be the tensors it was made of, unchanged since.
 
     Returns:
         Shape (..., N), dtype of `x`.
 
     Raises:
-        TypeError: a dtype is not as stated.
-        ValueError: a shape, device, layout or `bits` does not fit, or `scale` or `zero_point` asks for a gradient.
+        TypeError: a dtype is not as stated, or `prepacked` is something else.
+        ValueError: a shape, device, layout or `bits` does not fit, `scale` or `zero_point` asks for a gradient, or
+            `prepacked` is of another weight.
     """
     op = "weight_only_matmul"
     check_dtype(op, "x", x, FLOATS)
@@ -73,6 +75,14 @@ def weight_only_matmul(
     if packed.shape[1] * 8 != k * bits:
         raise ValueError(f"{op}: x has {k} columns, expected {packed.shape[1] * 8 // bits} as packed has")
     check_device(op, "packed", packed, "x", x)
+    if prepacked is not None and not torch.compiler.is_compiling():
+        if not isinstance(prepacked, Prepacked):
+            raise TypeError(f"{op}: prepacked is {type(prepacked).__name__}, expected what prepack returns")
+        if not prepacked.is_of(packed, scale, zero_point, bits):
+            raise ValueError(
+                f"{op}: prepacked is of another weight {tuple(prepacked.packed.shape)} in {prepacked.bits} bits, expected "
+                f"prepack of these very tensors, {tuple(packed.shape)} in {bits} bits; make it anew where they were replaced"
+            )
     if prepacked is not None and library.OP.choose(x).path == "cpu" and second_layout.suits(x):
         return second_layout.forward(x.reshape(-1, k), prepacked).view(*x.shape[:-1], len(packed))
     return library.run(x.reshape(-1, k), packed, scale, zero_point, bits).view(*x.shape[:-1], len(packed))

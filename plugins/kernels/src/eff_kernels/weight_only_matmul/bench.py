@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from eff_kernels.bench import Case
 from eff_kernels.packing import unpack_rows
-from eff_kernels.weight_only_matmul import dequantize, prepack, prepacked, reference, weight_only_matmul
+from eff_kernels.weight_only_matmul import cpu, dequantize, prepack, prepacked, reference, weight_only_matmul
 from eff_kernels.weight_only_matmul.library import OP
 
 GROUP = 128
@@ -54,7 +54,12 @@ def _case(m: int, bits: int, dtype: torch.dtype, device: torch.device, generator
     peers = {f"dense {name} linear": calls(lambda w: F.linear(x, w), dense)}
     scale_bytes = scale.numel() * scale.element_size()
     second = 0 if made[0] is None or m > prepacked.ROWS else made[0].codes.numel() + 2 * made[0].grid.numel()
-    memory = {"eff": size + scale_bytes + second, f"dense {name} linear": n * k * x.element_size()}
+    choice = OP.choose(x)
+    whole = choice.path == "cpu" and cpu.takes_whole(m, dtype)
+    memory = {
+        "eff": size + scale_bytes + second + whole * n * k * x.element_size(),
+        f"dense {name} linear": n * k * x.element_size(),
+    }
     if bits == 4 and dtype == torch.bfloat16:
         peers["torch int4pack"] = _int4pack(x, packed[:3], scale)
         memory["torch int4pack"] = size + 2 * scale_bytes
@@ -62,19 +67,20 @@ def _case(m: int, bits: int, dtype: torch.dtype, device: torch.device, generator
         f"({m}, {k}) x ({n}, {k}), {bits} bits, {name}",
         [lambda p=p, q=q: weight_only_matmul(x, p, scale, bits=bits, prepacked=q) for p, q in zip(packed, made, strict=True)],  # type: ignore[misc]
         peers,
-        OP.choose(x).by(_way(m, dtype, device)), (second or size + scale_bytes) + (m * k + m * n) * x.element_size(), 2 * m * n * k, name,
+        choice.by(_way(m, dtype, device)), (second or size + scale_bytes) + (m * k + m * n) * x.element_size(), 2 * m * n * k, name,
         lambda: reference.forward(x, packed[0], scale, None, bits), 1e-5 if dtype == torch.float32 else 2e-2, memory,
     )  # fmt: skip
 
 
 def _way(m: int, dtype: torch.dtype, device: torch.device) -> str:
     if device.type == "cpu":
-        from eff_kernels.weight_only_matmul.cpu import product_dtype
-
         if dtype == torch.bfloat16 and m <= prepacked.ROWS:
-            return "in the layout of torch's 4-bit product, made once"
-
-        return f"dequantized in blocks, multiplied in {str(product_dtype(m, dtype)).removeprefix('torch.')}"
+            slower = "; from about 16 rows slower than a dense weight" if m >= 16 else ""
+            return f"in the layout of torch's 4-bit product, made once{slower}"
+        if cpu.takes_whole(m, dtype):
+            return "dequantized once, the library's product in bfloat16; takes about twice the time of a dense weight"
+        name = str(cpu.product_dtype(m, dtype)).removeprefix("torch.")
+        return f"dequantized in blocks, multiplied in {name}; slower than a dense weight, the more the fewer rows"
     from eff_kernels.weight_only_matmul.triton_kernel import way
 
     return way(m, dtype)

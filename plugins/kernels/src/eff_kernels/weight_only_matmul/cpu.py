@@ -1,5 +1,8 @@
 """weight_only_matmul on the CPU: some rows of the weight are dequantized into the cache, multiplied, and forgotten.
 
+Many rows of bfloat16 dequantize the weight once and take one library product, which uses the processor better than many
+small ones. A dense weight is faster all the same: dequantizing it takes as long as the product of several hundred rows.
+
 A shift and a mask of all bytes give every second (2 bits: every fourth) column at once. These planes stay side by side,
 and the columns of x are put in their order instead: interleaving the levels would cost more than anything else here.
 
@@ -13,6 +16,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from eff_kernels.packing import unpack_rows, unpacking_buffers
 
@@ -22,6 +26,8 @@ PLANES = {2: 4, 3: 1, 4: 2, 8: 1}
 """Levels a byte holds; those of 3 bits straddle bytes and are unpacked in order."""
 BFLOAT16_ROWS = 32
 """From here on a product of bfloat16 pays for rounding the weights to it."""
+WHOLE_ROWS = 256
+"""From here on one product in bfloat16 with the whole weight is faster than one for each piece of it, by a tenth or more."""
 
 
 def dequantize(packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, dtype: torch.dtype) -> Tensor:
@@ -35,10 +41,15 @@ def dequantize(packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: i
 def forward(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
     """Return x (M, K) times the transposed weight, (M, N)."""
     dtype = product_dtype(len(x), x.dtype)
-    columns = _planes_first(x.to(dtype), bits).t()
+    inputs = _planes_first(x.to(dtype), bits)
+    if takes_whole(len(x), x.dtype):
+        whole = torch.empty(len(packed), x.shape[1], dtype=dtype)
+        for here, weight in _pieces(packed, scale, zero_point, bits, _wide(dtype)):
+            whole[here] = weight
+        return F.linear(inputs, whole)
     out = torch.empty(len(packed), len(x), dtype=dtype)
     for here, weight in _pieces(packed, scale, zero_point, bits, dtype):
-        torch.mm(weight, columns, out=out[here])
+        torch.mm(weight, inputs.t(), out=out[here])
     return out.t().to(x.dtype).contiguous()
 
 
@@ -49,6 +60,11 @@ def backward(grad: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | N
     for here, weight in _pieces(packed, scale, zero_point, bits, wide.dtype):
         out.addmm_(wide[:, here], weight)
     return _columns_first(out, bits).to(grad.dtype)
+
+
+def takes_whole(m: int, dtype: torch.dtype) -> bool:
+    """Whether m rows dequantize the weight once; float32 products of pieces are as fast as one of all."""
+    return dtype == torch.bfloat16 and m >= WHOLE_ROWS
 
 
 def product_dtype(m: int, dtype: torch.dtype) -> torch.dtype:

@@ -27,6 +27,18 @@ class Prepacked(NamedTuple):
     """bfloat16: scale and what is added, (K / group, N, 2); for 8 bits the scale of each row, (N,)."""
     group: int
     """Columns that share a scale; 0 for 8 bits."""
+    packed: Tensor
+    """The weight that this is made of, with its scales and zero points: the same memory, not a copy."""
+    scale: Tensor
+    zero_point: Tensor | None
+    bits: int
+
+    def is_of(self, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> bool:
+        """Whether this is made of this weight: same memory, since to compare values would take as long as the product."""
+        if bits != self.bits or (zero_point is None) != (self.zero_point is None):
+            return False
+        pairs = [(self.packed, packed), (self.scale, scale), (self.zero_point, zero_point)]
+        return all(kept is given or kept.is_set_to(given) for kept, given in pairs if kept is not None)
 
 
 def make(packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Prepacked | None:
@@ -37,7 +49,8 @@ def make(packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) ->
     if bits == 8:
         if groups > 1 or zero_point is not None:
             return None
-        return Prepacked((packed ^ 128).view(torch.int8), scale[:, 0].bfloat16(), 0)
+        grid = scale[:, 0].bfloat16()
+        return Prepacked((packed ^ 128).view(torch.int8), grid, 0, packed, scale, zero_point, bits)
     group = next((size for size in _GROUPS if k // groups % size == 0), 0)
     if not group or n % 16:
         return None
@@ -45,7 +58,7 @@ def make(packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) ->
     grid = torch.stack([scale.float(), (8 - middle) * scale.float()], -1)  # torch takes 8 off each level
     grid = grid.repeat_interleave(k // groups // group, 1).transpose(0, 1).contiguous().bfloat16()
     codes = torch._convert_weight_to_int4pack_for_cpu(unpack_rows(packed, bits).int(), 2)
-    return Prepacked(codes, grid, group)
+    return Prepacked(codes, grid, group, packed, scale, zero_point, bits)
 
 
 def suits(x: Tensor) -> bool:
