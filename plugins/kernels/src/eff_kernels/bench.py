@@ -153,23 +153,6 @@ def _sentence(path: Mapping[str, str]) -> str:
     return f"{path['op']}, {path['case']}: {path['path']} ({path['reason']})"
 
 
-def device_name(device: torch.device) -> str:
-    """Return the model of the GPU or, where the system says it, of the CPU."""
-    import platform
-
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:  # platform.processor() is empty on many Linux systems
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 @dataclass
 class Limits:
     """What the device can do at most, measured."""
