@@ -35,10 +35,12 @@ class Prepacked(NamedTuple):
 
     def is_of(self, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> bool:
         """Whether this is made of this weight: same memory, since to compare values would take as long as the product."""
-        if bits != self.bits or (zero_point is None) != (self.zero_point is None):
+        pairs = [(self.packed, packed), (self.scale, scale)]
+        if self.zero_point is not None and zero_point is not None:
+            pairs.append((self.zero_point, zero_point))
+        elif self.zero_point is not zero_point:
             return False
-        pairs = [(self.packed, packed), (self.scale, scale), (self.zero_point, zero_point)]
-        return all(kept is given or kept.is_set_to(given) for kept, given in pairs if kept is not None)
+        return bits == self.bits and all(kept is given or kept.is_set_to(given) for kept, given in pairs)
 
 
 def make(packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Prepacked | None:
