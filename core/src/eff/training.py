@@ -257,17 +257,24 @@ class Training:
             loss=self.losses,
         )
 
+    def _diverged(self, what: str, step: int) -> NonFiniteLossError:
+        kept = f"; {self.run.folder / STATE_FILE} keeps the last good state" if self.run.folder else ""
+        return NonFiniteLossError(f"{what} at step {step} of {self.total}; start again with a smaller --lr{kept}")
+
     def _run_epoch(self, epoch: int, stop: threading.Event, advance: Any) -> None:
         order = epoch_order(len(self.split), self.run.seed, epoch) if self.split is not None else []
         for position in range(self.done - epoch * self.steps_per_epoch, self.steps_per_epoch):
-            loss, metrics = self._step(epoch, order, position)
+            try:
+                loss, metrics = self._step(epoch, order, position)
+            except (ValueError, RuntimeError) as error:  # an op may refuse what is not finite before there is a loss
+                if all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters()):
+                    raise
+                what = f"the weights are not finite ({str(error).splitlines()[0]})"
+                raise self._diverged(what, self.done + 1) from error
             loss, stopped = self._agree(loss, stop.is_set())
             self.done += 1
             if not math.isfinite(loss):
-                kept = f"; {self.run.folder / STATE_FILE} keeps the last good state" if self.run.folder else ""
-                raise NonFiniteLossError(
-                    f"the loss is {loss} at step {self.done} of {self.total}; start again with a smaller --lr{kept}"
-                )
+                raise self._diverged(f"the loss is {loss}", self.done)
             self.epoch_loss += loss
             if position + 1 == self.steps_per_epoch:
                 self.losses.append(self.epoch_loss / self.steps_per_epoch)

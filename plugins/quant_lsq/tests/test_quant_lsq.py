@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from eff.errors import ConfigError, EffError, RunError, UnsupportedModelError
+from eff.errors import ConfigError, EffError, NonFiniteLossError, RunError, UnsupportedModelError
 from eff.options import check_config
 from eff.run import Run
 from eff.runner import apply
@@ -196,6 +196,16 @@ def test_zero_weights_start_at_the_floor_with_a_warning(run):
     assert quant_layers(model)["conv2"].weight_quantizer.scale.item() == pytest.approx(SMALLEST_SCALE)
     assert any("conv2.weight_quantizer" in line for line in run.log.warnings)
     assert torch.isfinite(run.forward(model, next(run.batches()))).all()
+
+
+def test_training_that_diverges_says_so_with_its_step_and_keeps_the_last_good_state(tmp_path):
+    recipe = Recipe(
+        model=MODEL, data=DATA, methods=(MethodUse(name="quant_lsq"),), device="cpu",
+        train=TrainOptions(epochs=2, batch_size=64, lr=1e20),
+    )  # fmt: skip
+    with pytest.raises(NonFiniteLossError, match=r"at step \d of 8; start again with a smaller --lr"):
+        apply(recipe, tmp_path / "run")
+    assert (tmp_path / "run" / "resume.pt").exists()
 
 
 def test_nan_weights_are_refused_with_the_layer(run):
