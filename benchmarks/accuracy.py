@@ -13,9 +13,16 @@ import json
 import tempfile
 from pathlib import Path
 
+import torch
+
 from eff.log import TerminalLog
+from eff.measure import task_metrics
+from eff.models import ModelRequest, open_model
+from eff.run import Run
 from eff.runner import apply
 from eff.schemas import MethodUse, Recipe, TrainOptions
+from eff.session import Plugins
+from eff_quant_kit.layers import reestimate_batch_norm
 
 
 def main() -> None:
@@ -39,6 +46,19 @@ def main() -> None:
             "seconds": round(report.seconds),
         }
         print(json.dumps(row), flush=True)
+    if arguments.what == "photos":
+        row = {"setting": "efficientnet_lite0 float, batch norm from the same photos", "after": afresh(settings[-1][1])}
+        print(json.dumps(row), flush=True)
+
+
+def afresh(recipe: Recipe) -> float:
+    """Return the float model's accuracy with batch norm's statistics from the calibration photos, as quant_lsq takes them."""
+    opened = open_model(ModelRequest(recipe.model, data=recipe.data), Plugins())
+    run = Run(opened.task, torch.device("cpu"), recipe.seed, opened.data)
+    batches = run.batches("train", 256, recipe.train.batch_size)
+    reestimate_batch_norm(opened.model, batches, lambda batch: run.forward(opened.model, batch))
+    assert opened.data is not None
+    return task_metrics(opened.model, opened.data, run).values["accuracy"].value
 
 
 def cifar(shared: Path, train: int) -> list[tuple[str, Recipe]]:

@@ -30,6 +30,13 @@ from eff_peft_paca.plugin import PaCA
 from eff_peft_paca.selection import choose_columns, column_norms
 from eff_peft_paca.sentences import TEMPLATES, TEST, TRAIN, make_sentences
 
+EFF_PLUGIN = "peft_paca"
+
+
+def test_contract(eff_contract_check):
+    eff_contract_check()
+
+
 CLASSES = 3
 
 

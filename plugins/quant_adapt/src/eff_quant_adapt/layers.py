@@ -77,12 +77,15 @@ def fixed_layers(model: nn.Module) -> dict[str, FixedPointLayer]:
 
 
 def owners(model: nn.Module) -> dict[str, str]:
-    """Return by name of each parameter the layer whose format it takes: the one whose weight comes last before it."""
+    """Return by name of each parameter the layer whose format it takes: the one whose weight comes last before it.
+
+    A weight that a layer shares, e.g. with an embedding, has the other's name and the layer's format.
+    """
     layers = fixed_layers(model)
+    by_weight = {layer.layer.weight: name for name, layer in layers.items()}
     found, current = {}, next(iter(layers))
-    for name, _ in model.named_parameters():
-        layer = name.removesuffix(".layer.weight")
-        current = layer if layer in layers else current
+    for name, parameter in model.named_parameters():
+        current = by_weight.get(parameter, current)
         found[name] = current
     return found
 

@@ -34,6 +34,8 @@ class Trainer:
         self.word_lengths: list[float] = []
         """Mean over the layers after each step."""
         self.master = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        self.weight_of = {name: names[layer.layer.weight] for name, layer in self.layers.items()}
         self.cost = Cost(multiply_adds(model, run))
         self._show(stochastic=not run.restoring)
 
@@ -100,7 +102,7 @@ class Trainer:
             state = self.states[name]
             state.collect(gradient)
             state.adjust(config)
-            if state.switch(self.master[f"{name}.layer.weight"], self.strategy, config):
+            if state.switch(self.master[self.weight_of[name]], self.strategy, config):
                 switched += 1
                 layer.format.copy_(torch.tensor([state.wl, state.fl]))
                 self.history.append([index + 1, place, state.wl, state.fl, state.lookback, state.bins])

@@ -45,6 +45,9 @@ class Trainer:
         loss, _ = step.loss(step.model, step.batch)
         step.backward(loss)
         task = _gradients(parameters)
+        if not _finite(task):  # nothing to climb along
+            self.tracker.skipped += 1
+            return StepResult(loss.detach(), self._metrics(loss.detach()))
         perturbed = loss.detach()
         smooth: dict[str, Tensor] | None = None
         if config.flat_optimizer != "none":
@@ -56,7 +59,7 @@ class Trainer:
                 step.backward(moved)
                 perturbed = moved.detach()
                 smooth = _gradients(parameters)
-        if not _finite(task) or (smooth is not None and not _finite(smooth)):
+        if smooth is not None and not _finite(smooth):
             self.tracker.skipped += 1
             return StepResult(loss.detach(), self._metrics(perturbed))
         for name, parameter in parameters.items():
