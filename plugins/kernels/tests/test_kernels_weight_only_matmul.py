@@ -243,7 +243,7 @@ def test_more_rows_other_dtypes_and_gradients_take_the_packed_weight():
 @pytest.mark.parametrize("with_zero", [False, True])
 def test_many_rows_of_bfloat16_multiply_with_the_whole_weight(bits, with_zero, monkeypatch):
     monkeypatch.setattr(cpu, "PIECE", 5 * 64)  # the whole weight is put together from pieces, the last one shorter
-    x, packed, scale, zero = inputs(cpu.WHOLE_ROWS, 32, 64, 2, bits, dtype=torch.bfloat16, with_zero=with_zero)
+    x, packed, scale, zero = inputs(cpu.BFLOAT16_ROWS, 32, 64, 2, bits, dtype=torch.bfloat16, with_zero=with_zero)
     expected = x.double() @ weight_by_hand(packed, scale, zero, bits).t()
     found = weight_only_matmul(x, packed, scale, bits=bits, zero_point=zero)
     assert cpu.takes_whole(len(x), x.dtype) and found.dtype == torch.bfloat16

@@ -25,9 +25,8 @@ PIECE = 1 << 19
 PLANES = {2: 4, 3: 1, 4: 2, 8: 1}
 """Levels a byte holds; those of 3 bits straddle bytes and are unpacked in order."""
 BFLOAT16_ROWS = 32
-"""From here on a product of bfloat16 pays for rounding the weights to it."""
-WHOLE_ROWS = 256
-"""From here on one product in bfloat16 with the whole weight is faster than one for each piece of it, by a tenth or more."""
+"""From here on a product of bfloat16 pays for rounding the weights to it, and one product with the whole weight is faster
+than one for each piece of it."""
 
 
 def dequantize(packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, dtype: torch.dtype) -> Tensor:
@@ -64,7 +63,7 @@ def backward(grad: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | N
 
 def takes_whole(m: int, dtype: torch.dtype) -> bool:
     """Whether m rows dequantize the weight once; float32 products of pieces are as fast as one of all."""
-    return dtype == torch.bfloat16 and m >= WHOLE_ROWS
+    return dtype == torch.bfloat16 and m >= BFLOAT16_ROWS
 
 
 def product_dtype(m: int, dtype: torch.dtype) -> torch.dtype:
