@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from eff.errors import PluginError, RequestError, did_you_mean, raise_problems
+from eff.errors import PluginError, RequestError, check_all, did_you_mean, raise_problems
 from eff.hookspecs import PROJECT, Hooks
 from eff.options import check_config
 from eff.registry import find, import_object, load_extensions, load_method
@@ -187,7 +187,7 @@ def choose(uses: Sequence[MethodUse]) -> list[Chosen]:
     Raises:
         PluginError, ConfigError: one fault. Problems: all faults of all methods together.
     """
-    return _collect([functools.partial(make_chosen, use.name, use.options) for use in uses])
+    return check_all(*(functools.partial(make_chosen, use.name, use.options) for use in uses))
 
 
 def choose_applied(methods: Sequence[AppliedMethod]) -> list[Chosen]:
@@ -196,7 +196,7 @@ def choose_applied(methods: Sequence[AppliedMethod]) -> list[Chosen]:
     Raises:
         PluginError: one is not installed (its distribution is named). Problems: several.
     """
-    return _collect([functools.partial(_choose_one_applied, item) for item in methods])
+    return check_all(*(functools.partial(_choose_one_applied, item) for item in methods))
 
 
 def _choose_one_applied(item: AppliedMethod) -> Chosen:
@@ -209,18 +209,6 @@ def _choose_one_applied(item: AppliedMethod) -> Chosen:
         ) from error
     chosen.method.structure = dict(item.structure)
     return chosen
-
-
-def _collect(makers: Sequence[Callable[[], Chosen]]) -> list[Chosen]:
-    made: list[Chosen] = []
-    problems: list[RequestError] = []
-    for make in makers:
-        try:
-            made.append(make())
-        except RequestError as error:
-            problems += getattr(error, "problems", (error,))
-    raise_problems(problems)
-    return made
 
 
 def make_chosen(name: str, options: dict[str, JsonValue]) -> Chosen:
