@@ -76,6 +76,7 @@ def test_codes_come_back_and_share_the_bit_order_of_packing(bits):
 @pytest.mark.parametrize("piece", [1, 48, 49, 1 << 19])
 def test_cpu_equals_the_reference(monkeypatch, m, dtype, piece):
     monkeypatch.setattr(cpu, "PIECE", piece)
+    monkeypatch.setattr(cpu, "PRODUCT", piece)
     x, _, packed, codebook = inputs(m, 9, 12, 4, 8, dtype=dtype)
     close(cpu.forward(x, packed, codebook, 8), reference.forward(x, packed, codebook, 8), dtype)
     grad = torch.randn(m, 9, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -83,6 +84,33 @@ def test_cpu_equals_the_reference(monkeypatch, m, dtype, piece):
     if m:
         arguments = (grad, x, packed, len(codebook), 8)
         close(cpu.backward_codebook(*arguments), reference.backward_codebook(*arguments), dtype)
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("m", [1, 2, 8])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_few_rows_look_products_up(monkeypatch, bits, m, dtype):
+    monkeypatch.setattr(cpu, "PIECE", 5 * 6)  # 5 of 33 rows at a time
+    x, codes, packed, codebook = inputs(m, 33, 6, 8, bits, entries=16, dtype=dtype)
+    assert cpu.takes_table(x, packed, codebook)
+    expected = x.double() @ weight_by_hand(codes, codebook).t()
+    close(codebook_matmul(x, packed, codebook, bits=bits), expected, dtype)
+
+
+def test_the_table_is_for_few_rows_long_entries_and_small_codebooks():
+    x, packed, codebook = torch.ones(4, 24), torch.zeros(32, 6, dtype=torch.uint8), torch.ones(16, 4)
+    assert cpu.takes_table(x, packed, codebook)
+    assert not cpu.takes_table(torch.ones(5, 24), packed, codebook)
+    assert not cpu.takes_table(x, packed, torch.ones(16, 3))
+    assert not cpu.takes_table(x, packed, torch.ones(17, 4))
+
+
+def test_a_code_beyond_the_table_is_an_error_too():
+    x, _, packed, codebook = inputs(2, 33, 6, 8, 8, entries=5)
+    assert cpu.takes_table(x, packed, codebook)
+    packed[32, 5] = 5
+    with pytest.raises(IndexError, match="codebook_matmul: packed has the code 5, expected 0 to 4"):
+        codebook_matmul(x, packed, codebook, bits=8)
 
 
 @settings(max_examples=30, deadline=None)

@@ -241,13 +241,46 @@ def test_more_rows_other_dtypes_and_gradients_take_the_packed_weight():
 
 @pytest.mark.parametrize("bits", ROW_BITS)
 @pytest.mark.parametrize("with_zero", [False, True])
-def test_many_rows_of_bfloat16_multiply_with_the_whole_weight(bits, with_zero, monkeypatch):
-    monkeypatch.setattr(cpu, "PIECE", 5 * 64)  # the whole weight is put together from pieces, the last one shorter
+def test_products_of_bfloat16_are_put_together_from_blocks(bits, with_zero, monkeypatch):
+    monkeypatch.setattr(cpu, "PIECE", 5 * 64)
+    monkeypatch.setattr(cpu, "PRODUCT", 14 * 64)  # 32 rows: two blocks of 14 and one of 4, each of pieces of 5
     x, packed, scale, zero = inputs(cpu.BFLOAT16_ROWS, 32, 64, 2, bits, dtype=torch.bfloat16, with_zero=with_zero)
     expected = x.double() @ weight_by_hand(packed, scale, zero, bits).t()
     found = weight_only_matmul(x, packed, scale, bits=bits, zero_point=zero)
-    assert cpu.takes_whole(len(x), x.dtype) and found.dtype == torch.bfloat16
+    assert cpu.product_dtype(len(x), x.dtype) == found.dtype == torch.bfloat16
     assert (found - expected).abs().max() <= 2e-2 * expected.abs().max()
+
+
+@pytest.mark.parametrize("bits", ROW_BITS)
+@pytest.mark.parametrize("m", [1, 3, 16])
+@pytest.mark.parametrize("n", [1, 9, 33])
+def test_one_scale_a_row_multiplies_bytes(bits, m, n, monkeypatch):
+    monkeypatch.setattr(cpu, "PIECE", 5 * 64)
+    x, packed, scale, _ = inputs(m, n, 64, 1, bits, dtype=torch.bfloat16)
+    lowest, highest = (128, 128) if bits == 8 else (0, 2**bits - 1)
+    edges = torch.full_like(scale, lowest)
+    edges[::2] = highest
+    for zero in (None, edges):
+        assert cpu.takes_bytes(x, scale, zero, bits)
+        expected = x.double() @ weight_by_hand(packed, scale, zero, bits).t()
+        found = weight_only_matmul(x, packed, scale, bits=bits, zero_point=zero)
+        assert (found - expected).abs().max() <= 2**-7 * expected.abs().max()
+
+
+@pytest.mark.parametrize("zero", [-1, 0.5, 16, torch.nan])
+def test_a_zero_point_beside_the_levels_takes_floats(zero):
+    x, packed, scale, _ = inputs(2, 9, 64, 1, 4, dtype=torch.bfloat16)
+    zero = torch.full_like(scale, zero)
+    assert not cpu.takes_bytes(x, scale, zero, 4)
+    found = weight_only_matmul(x, packed, scale, bits=4, zero_point=zero)
+    expected = x.double() @ weight_by_hand(packed, scale, zero, 4).t()
+    assert torch.allclose(found.double(), expected, rtol=2e-2, atol=0.2, equal_nan=True)
+
+
+def test_a_scale_is_not_rounded_for_the_sake_of_bytes():
+    x, _, scale, _ = inputs(2, 9, 64, 1, 4, dtype=torch.bfloat16)
+    assert not cpu.takes_bytes(x, scale.float(), None, 4) and not cpu.takes_bytes(x.float(), scale, None, 4)
+    assert not cpu.takes_bytes(x.repeat(9, 1), scale, None, 4) and not cpu.takes_bytes(x, scale.repeat(1, 2), None, 4)
 
 
 def test_a_prepacked_weight_is_refused_beside_any_other_weight():

@@ -14,26 +14,26 @@ from eff_kernels.codebook_matmul import codebook_matmul, decode, reference
 from eff_kernels.codebook_matmul.library import OP
 
 N = K = 2048
-DIM = 4
 ENTRIES = 256
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    """Yield one row and many at 2 bits a weight, and training of x and the codebook."""
+    """Yield one row and many at 2 bits a weight, one row at 1 bit, and training of x and the codebook."""
     generator = torch.Generator().manual_seed(0)
-    for m, dtype, trains in [
-        (1, torch.float32, False), (1, torch.bfloat16, False), (256, torch.bfloat16, False), (256, torch.float32, True),
+    for m, dim, dtype, trains in [
+        (1, 4, torch.float32, False), (1, 4, torch.bfloat16, False), (1, 8, torch.bfloat16, False),
+        (256, 4, torch.bfloat16, False), (256, 4, torch.float32, True),
     ]:  # fmt: skip
-        yield _case(m, dtype, trains, device, generator)
+        yield _case(m, dim, dtype, trains, device, generator)
 
 
-def _case(m: int, dtype: torch.dtype, trains: bool, device: torch.device, generator: torch.Generator) -> Case:
+def _case(m: int, dim: int, dtype: torch.dtype, trains: bool, device: torch.device, generator: torch.Generator) -> Case:
     def codes(_: int) -> Tensor:  # at 8 bits a byte is a code
-        return torch.randint(ENTRIES, (N, K // DIM), generator=generator, dtype=torch.uint8).to(device)
+        return torch.randint(ENTRIES, (N, K // dim), generator=generator, dtype=torch.uint8).to(device)
 
     packed = [codes(index) for index in range(64)]  # beyond the caches, as 16 dense weights are
     looked_up = [one.long() for one in packed[:16]]
-    codebook = torch.randn(ENTRIES, DIM, generator=generator).to(device, dtype).requires_grad_(trains)
+    codebook = torch.randn(ENTRIES, dim, generator=generator).to(device, dtype).requires_grad_(trains)
     x = torch.randn(m, K, generator=generator).to(device, dtype).requires_grad_(trains)
     dense = [decode(one, codebook, bits=8) for one in packed[:16]]
     ones = torch.ones(m, N, dtype=dtype, device=device)
@@ -61,19 +61,21 @@ def _case(m: int, dtype: torch.dtype, trains: bool, device: torch.device, genera
         return d_x, reference.backward_codebook(ones, x.detach(), packed[0], ENTRIES, 8)
 
     return Case(
-        f"({m}, {K}) x ({N}, {K}), {ENTRIES} x {DIM}, {name}" + (", with backward" if trains else ""),
+        f"({m}, {K}) x ({N}, {K}), {ENTRIES} x {dim}, {name}" + (", with backward" if trains else ""),
         calls(measured(lambda p: codebook_matmul(x, p, codebook, bits=8)), packed), peers,
-        OP.choose(x).by(_way(m, dtype, device)), size + (m * K + m * N) * element, 2 * m * N * K * (3 if trains else 1),
+        OP.choose(x).by(_way(x, packed[0], codebook)), size + (m * K + m * N) * element, 2 * m * N * K * (3 if trains else 1),
         name, exact, 1e-4 if dtype == torch.float32 else 2e-2,
         {"eff": size, "decode + linear": size + N * K * element, f"dense {name} linear": N * K * element},
     )  # fmt: skip
 
 
-def _way(m: int, dtype: torch.dtype, device: torch.device) -> str:
-    if device.type == "cpu":
-        from eff_kernels.codebook_matmul.cpu import product_dtype
+def _way(x: Tensor, packed: Tensor, codebook: Tensor) -> str:
+    if x.device.type == "cpu":
+        from eff_kernels.codebook_matmul.cpu import product_dtype, takes_table
 
-        return f"decoded in blocks, multiplied in {str(product_dtype(m, dtype)).removeprefix('torch.')}"
+        if takes_table(x, packed, codebook):
+            return "looked up in a table of the products of x with the entries"
+        return f"decoded in blocks, multiplied in {str(product_dtype(x.dtype)).removeprefix('torch.')}"
     from eff_kernels.codebook_matmul.triton_kernel import way
 
-    return way(m, dtype)
+    return way(len(x), x.dtype)

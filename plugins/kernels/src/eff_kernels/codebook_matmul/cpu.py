@@ -1,5 +1,8 @@
 """codebook_matmul on the CPU: some rows of the weight are decoded into the cache, multiplied, and forgotten.
 
+Few rows of x need no weight at all: the products of every slice of x with every entry are a small table, and a result is
+the sum of those that its codes name (the asymmetric distances of product quantization, Jegou et al., 2011, sec. III).
+
 An entry of 2, 4, 8 or 16 bytes is fetched as one number of that width, which is several times faster than as a row.
 """
 
@@ -9,13 +12,16 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from eff_kernels.codebook_matmul.reference import unpack_codes, widened
 
 PIECE = 1 << 19
 """Weights decoded at a time: 2 MiB of float32."""
-BFLOAT16_ROWS = 32
-"""From here on a product in bfloat16 is faster than one in float32, which torch's small ones are."""
+PRODUCT = 1 << 23
+"""The same for bfloat16, 16 MiB: its products want many rows at a time, and an allocator reuses as much."""
+TABLE_BYTES = 16
+"""Shortest entry for which looking up products beats decoding: the shorter, the more look-ups."""
 _WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 """A dtype per width of an entry in bytes; only moved, never computed with."""
 
@@ -29,12 +35,13 @@ def decode(packed: Tensor, codebook: Tensor, bits: int) -> Tensor:
 
 def forward(x: Tensor, packed: Tensor, codebook: Tensor, bits: int) -> Tensor:
     """Return x (M, K) times the transposed weight, (M, N)."""
-    dtype = product_dtype(len(x), x.dtype)
-    columns = x.to(dtype).t()
-    out = torch.empty(len(packed), len(x), dtype=dtype)
-    for here, weight in _pieces(packed, codebook.to(dtype), bits):
-        torch.mm(weight, columns, out=out[here])
-    return out.t().to(x.dtype).contiguous()
+    if takes_table(x, packed, codebook):
+        return _from_table(x, packed, codebook, bits)
+    dtype = product_dtype(x.dtype)
+    inputs, out = x.to(dtype), torch.empty(len(x), len(packed), dtype=dtype)
+    for here, weight in _pieces(packed, codebook.to(dtype), bits, PRODUCT if dtype == torch.bfloat16 else PIECE):
+        out[:, here] = F.linear(inputs, weight)
+    return out.to(x.dtype)
 
 
 def backward_x(grad: Tensor, packed: Tensor, codebook: Tensor, bits: int) -> Tensor:
@@ -56,22 +63,46 @@ def backward_codebook(grad: Tensor, x: Tensor, packed: Tensor, entries: int, bit
     return out.to(grad.dtype)
 
 
-def product_dtype(m: int, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype to multiply in; processors multiply float16 slowly, bfloat16 fast."""
-    if dtype == torch.float16 or (dtype == torch.bfloat16 and m < BFLOAT16_ROWS):
-        return torch.float32
-    return dtype
+def takes_table(x: Tensor, packed: Tensor, codebook: Tensor) -> bool:
+    """Whether x looks its products up: few look-ups, and a table that costs at most half the dense product."""
+    entries, dim = codebook.shape
+    return dim * product_dtype(x.dtype).itemsize >= TABLE_BYTES and len(x) <= dim and 2 * entries <= len(packed)
 
 
-def _slices(n: int, k: int) -> list[slice]:
-    rows = max(1, PIECE // k)
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype to multiply in; processors multiply float16 slowly."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def _from_table(x: Tensor, packed: Tensor, codebook: Tensor, bits: int) -> Tensor:
+    """Return x (M, K) times the transposed weight, (M, N), from the products of all slices of x with all entries."""
+    (m, k), (entries, dim), n = x.shape, codebook.shape, len(packed)
+    slices = widened(x).reshape(m, k // dim, dim).permute(1, 2, 0)
+    table = (widened(codebook) @ slices).view(-1, m)
+    first = torch.arange(0, len(table), entries, dtype=torch.int32)
+    out = torch.empty(n, m, dtype=table.dtype)
+    rows = max(1, PIECE // (k // dim))
+    for start in range(0, n, rows):
+        codes = unpack_codes(packed[start : start + rows], bits)
+        if entries < 2**bits and int(codes.max()) >= entries:
+            raise IndexError("a code would name the product of another slice")
+        codes += first
+        if m == 1:  # embedding_bag adds single numbers one by one
+            out[start : start + rows, 0] = table.view(-1).index_select(0, codes.view(-1)).view(codes.shape).sum(1)
+        else:
+            out[start : start + rows] = F.embedding_bag(codes, table, mode="sum")
+    return out.t().to(x.dtype).contiguous()
+
+
+def _slices(n: int, k: int, piece: int = PIECE) -> list[slice]:
+    rows = max(1, piece // k)
     return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
 
 
-def _pieces(packed: Tensor, codebook: Tensor, bits: int) -> Iterator[tuple[slice, Tensor]]:
+def _pieces(packed: Tensor, codebook: Tensor, bits: int, piece: int = PIECE) -> Iterator[tuple[slice, Tensor]]:
     """Yield rows of the weight, each time in the same memory: fresh pages would cost as much as the decoding."""
     k = packed.shape[1] * 8 // bits * codebook.shape[1]
-    codebook, slices = codebook.contiguous(), _slices(len(packed), k)
+    codebook, slices = codebook.contiguous(), _slices(len(packed), k, piece)
     buffer = torch.empty(slices[0].stop, k, dtype=codebook.dtype)
     for here in slices:
         weight = buffer[: here.stop - here.start]

@@ -14,25 +14,27 @@ from eff_kernels.packing import unpack_rows
 from eff_kernels.weight_only_matmul import cpu, dequantize, prepack, prepacked, reference, weight_only_matmul
 from eff_kernels.weight_only_matmul.library import OP
 
+SIZE = 4096
 GROUP = 128
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    """Yield one row at 4 and 3 bits, and as many as make the product the limit."""
+    """Yield one row at 4 and 3 bits, with one scale a row too, and as many as make the product the limit."""
     generator = torch.Generator().manual_seed(0)
     many = 256 if device.type == "cpu" else 2048
-    for m, bits, dtype in [
-        (1, 4, torch.float32),
-        (1, 4, torch.bfloat16),
-        (1, 3, torch.bfloat16),
-        (16, 4, torch.bfloat16),
-        (many, 4, torch.bfloat16),
+    for m, bits, group, dtype in [
+        (1, 4, GROUP, torch.float32),
+        (1, 4, GROUP, torch.bfloat16),
+        (1, 3, GROUP, torch.bfloat16),
+        (1, 4, SIZE, torch.bfloat16),
+        (16, 4, GROUP, torch.bfloat16),
+        (many, 4, GROUP, torch.bfloat16),
     ]:
-        yield _case(m, bits, dtype, device, generator)
+        yield _case(m, bits, group, dtype, device, generator)
 
 
-def _case(m: int, bits: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Case:
-    n = k = 4096
+def _case(m: int, bits: int, group: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Case:
+    n = k = SIZE
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
@@ -42,9 +44,10 @@ def _case(m: int, bits: int, dtype: torch.dtype, device: torch.device, generator
 
     size = n * k * bits // 8
     packed = [packed_weight(index) for index in range(16)]  # beyond the caches, as three dense weights are
-    scale = (0.01 + torch.rand(n, k // GROUP, generator=generator) / 100).to(device, dtype)
+    scale = (0.01 + torch.rand(n, k // group, generator=generator) / 100).to(device, dtype)
     x = normal(m, k)
-    made = [prepack(one, scale, bits=bits) if dtype == torch.bfloat16 else None for one in packed]
+    grouped = group < k  # one scale a row is measured as it is
+    made = [prepack(one, scale, bits=bits) if grouped and dtype == torch.bfloat16 else None for one in packed]
     dense = [dequantize(one, scale, bits=bits, dtype=dtype) for one in packed[:3]]
 
     def calls(function: Callable[[Tensor], Any], weights: list[Tensor]) -> list[Callable[[], Any]]:
@@ -55,35 +58,34 @@ def _case(m: int, bits: int, dtype: torch.dtype, device: torch.device, generator
     scale_bytes = scale.numel() * scale.element_size()
     second = 0 if made[0] is None or m > prepacked.ROWS else made[0].codes.numel() + 2 * made[0].grid.numel()
     choice = OP.choose(x)
-    whole = choice.path == "cpu" and cpu.takes_whole(m, dtype)
     memory = {
-        "eff": size + scale_bytes + second + whole * n * k * x.element_size(),
+        "eff": size + scale_bytes + second,
         f"dense {name} linear": n * k * x.element_size(),
     }
-    if bits == 4 and dtype == torch.bfloat16:
+    if bits == 4 and grouped and dtype == torch.bfloat16:
         peers["torch int4pack"] = _int4pack(x, packed[:3], scale)
         memory["torch int4pack"] = size + 2 * scale_bytes
     return Case(
-        f"({m}, {k}) x ({n}, {k}), {bits} bits, {name}",
+        f"({m}, {k}) x ({n}, {k}), {bits} bits{'' if grouped else ', one scale a row'}, {name}",
         [lambda p=p, q=q: weight_only_matmul(x, p, scale, bits=bits, prepacked=q) for p, q in zip(packed, made, strict=True)],  # type: ignore[misc]
         peers,
-        choice.by(_way(m, dtype, device)), (second or size + scale_bytes) + (m * k + m * n) * x.element_size(), 2 * m * n * k, name,
+        choice.by(_way(x, scale, bits, made[0] is not None)), (second or size + scale_bytes) + (m * k + m * n) * x.element_size(), 2 * m * n * k, name,
         lambda: reference.forward(x, packed[0], scale, None, bits), 1e-5 if dtype == torch.float32 else 2e-2, memory,
     )  # fmt: skip
 
 
-def _way(m: int, dtype: torch.dtype, device: torch.device) -> str:
-    if device.type == "cpu":
-        if dtype == torch.bfloat16 and m <= prepacked.ROWS:
-            slower = "; from about 16 rows slower than a dense weight" if m >= 16 else ""
+def _way(x: Tensor, scale: Tensor, bits: int, is_prepacked: bool) -> str:
+    if x.device.type == "cpu":
+        if is_prepacked and len(x) <= prepacked.ROWS:
+            slower = "; from about 16 rows slower than a dense weight" if len(x) >= 16 else ""
             return f"in the layout of torch's 4-bit product, made once{slower}"
-        if cpu.takes_whole(m, dtype):
-            return "dequantized once, the library's product in bfloat16; takes about twice the time of a dense weight"
-        name = str(cpu.product_dtype(m, dtype)).removeprefix("torch.")
+        if cpu.takes_bytes(x, scale, None, bits):
+            return "unpacked in blocks to bytes, torch's product of bfloat16 with int8"
+        name = str(cpu.product_dtype(len(x), x.dtype)).removeprefix("torch.")
         return f"dequantized in blocks, multiplied in {name}; slower than a dense weight, the more the fewer rows"
     from eff_kernels.weight_only_matmul.triton_kernel import way
 
-    return way(m, dtype)
+    return way(len(x), x.dtype)
 
 
 def _int4pack(x: Tensor, packed: list[Tensor], scale: Tensor) -> list[Callable[[], Any]]:

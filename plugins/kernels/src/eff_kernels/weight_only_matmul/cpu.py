@@ -1,13 +1,15 @@
 """weight_only_matmul on the CPU: some rows of the weight are dequantized into the cache, multiplied, and forgotten.
 
-Many rows of bfloat16 dequantize the weight once and take one library product, which uses the processor better than many
-small ones. A dense weight is faster all the same: dequantizing it takes as long as the product of several hundred rows.
+Products of bfloat16 take many rows of the weight at a time, which uses the processor better than small ones do; never all
+of it, because fresh pages for a whole weight cost as much as dequantizing it. A dense weight is faster all the same:
+dequantizing takes as long as the product of several hundred rows.
 
 A shift and a mask of all bytes give every second (2 bits: every fourth) column at once. These planes stay side by side,
 and the columns of x are put in their order instead: interleaving the levels would cost more than anything else here.
 
-torch's products for few rows want the levels in a layout of their own; making it from this one takes longer than the
-whole product here, so it is made once, by `prepack`, or not at all.
+With one scale a row, few rows of bfloat16 multiply the levels as bytes. torch's product for 4 bits and several scales
+wants a layout of its own; making it from this one takes longer than the whole product here, so it is made once, by
+`prepack`, or not at all.
 """
 
 from __future__ import annotations
@@ -22,30 +24,32 @@ from eff_kernels.packing import unpack_rows, unpacking_buffers
 
 PIECE = 1 << 19
 """Weights dequantized at a time: 2 MiB of float32."""
+PRODUCT = 1 << 23
+"""Weights multiplied at a time in bfloat16: 16 MiB, what an allocator reuses instead of asking for fresh pages."""
+BYTES_ROWS = 16
+"""Rows up to which a product with bytes is the faster way; it takes time in proportion to the rows."""
 PLANES = {2: 4, 3: 1, 4: 2, 8: 1}
 """Levels a byte holds; those of 3 bits straddle bytes and are unpacked in order."""
-BFLOAT16_ROWS = 32
-"""From here on a product of bfloat16 pays for rounding the weights to it, and one product with the whole weight is faster
-than one for each piece of it."""
+BFLOAT16_ROWS = 2
+"""From here on a product of bfloat16 pays for rounding the weights to it."""
 
 
 def dequantize(packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, dtype: torch.dtype) -> Tensor:
     """Return the weight (N, K)."""
     out = torch.empty(len(packed), packed.shape[1] * 8 // bits, dtype=dtype)
-    for here, weight in _pieces(packed, scale, zero_point, bits, dtype):
+    for here, weight in _pieces(packed, scale, zero_point, bits, _wide(dtype)):
         out[here] = _columns_first(weight, bits)
     return out
 
 
 def forward(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
     """Return x (M, K) times the transposed weight, (M, N)."""
+    if takes_bytes(x, scale, zero_point, bits):
+        return _bytes_product(_planes_first(x, bits), packed, scale[:, 0], zero_point, bits)
     dtype = product_dtype(len(x), x.dtype)
     inputs = _planes_first(x.to(dtype), bits)
-    if takes_whole(len(x), x.dtype):
-        whole = torch.empty(len(packed), x.shape[1], dtype=dtype)
-        for here, weight in _pieces(packed, scale, zero_point, bits, _wide(dtype)):
-            whole[here] = weight
-        return F.linear(inputs, whole)
+    if dtype == torch.bfloat16:
+        return _bfloat16_product(inputs, packed, scale, zero_point, bits)
     out = torch.empty(len(packed), len(x), dtype=dtype)
     for here, weight in _pieces(packed, scale, zero_point, bits, dtype):
         torch.mm(weight, inputs.t(), out=out[here])
@@ -61,9 +65,14 @@ def backward(grad: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | N
     return _columns_first(out, bits).to(grad.dtype)
 
 
-def takes_whole(m: int, dtype: torch.dtype) -> bool:
-    """Whether m rows dequantize the weight once; float32 products of pieces are as fast as one of all."""
-    return dtype == torch.bfloat16 and m >= BFLOAT16_ROWS
+def takes_bytes(x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> bool:
+    """Whether x takes the product with bytes: one scale a row, not rounded for it, and levels less zero point fit int8."""
+    if x.dtype != torch.bfloat16 or scale.dtype != x.dtype or scale.shape[1] > 1 or not 0 < len(x) <= BYTES_ROWS:
+        return False
+    if zero_point is None:
+        return True
+    lowest, highest = (128, 128) if bits == 8 else (0, 2**bits - 1)
+    return bool(((zero_point == zero_point.round()) & (zero_point >= lowest) & (zero_point <= highest)).all())
 
 
 def product_dtype(m: int, dtype: torch.dtype) -> torch.dtype:
@@ -71,6 +80,40 @@ def product_dtype(m: int, dtype: torch.dtype) -> torch.dtype:
     if dtype == torch.float16 or (dtype == torch.bfloat16 and m < BFLOAT16_ROWS):
         return torch.float32
     return dtype
+
+
+def _bytes_product(inputs: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
+    """Return the product of inputs in the order of the planes, summed in float32 before the scale."""
+    (m, k), n, planes = inputs.shape, len(packed), PLANES[bits]
+    out = torch.empty(m, n, dtype=inputs.dtype)
+    rows = min(n, max(1, 4 * PIECE // k))  # bytes, not floats
+    work = _plane_buffers(rows, packed, bits)
+    signed = torch.empty(rows, planes, k // planes, dtype=torch.int8)
+    middle = 2 ** (bits - 1)
+    offset = None if zero_point is None or bool((zero_point == middle).all()) else (zero_point - middle).char()[:, None]
+    for start in range(0, n, rows):
+        here = slice(start, min(start + rows, n))
+        levels = signed[: here.stop - start]
+        _write_signed(packed[here], bits, work, levels)
+        if offset is not None:
+            levels.sub_(offset[here])
+        out[:, here] = torch._weight_int8pack_mm(inputs, levels.view(-1, k), scale[here])
+    return out
+
+
+def _bfloat16_product(inputs: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
+    """Return the product of inputs in the order of the planes."""
+    (m, k), n = inputs.shape, len(packed)
+    out = torch.empty(m, n, dtype=inputs.dtype)
+    rows = min(n, max(1, PRODUCT // k))
+    rounded = torch.empty(rows, k, dtype=inputs.dtype)
+    for start in range(0, n, rows):
+        block = slice(start, min(start + rows, n))
+        zero = None if zero_point is None else zero_point[block]
+        for here, weight in _pieces(packed[block], scale[block], zero, bits, torch.float32):
+            rounded[here] = weight
+        out[:, block] = F.linear(inputs, rounded[: block.stop - start])
+    return out
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -92,14 +135,13 @@ def _columns_first(values: Tensor, bits: int) -> Tensor:
 def _pieces(
     packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Yield rows of the weight, columns in the order of the planes, each time in the same memory."""
-    (n, row_bytes), groups, planes = packed.shape, scale.shape[1], PLANES[bits]
-    k = row_bytes * 8 // bits
+    """Yield rows of the weight in float32 or float64, columns in the order of the planes, each time in the same memory."""
+    n, groups, planes = len(packed), scale.shape[1], PLANES[bits]
+    k = packed.shape[1] * 8 // bits
     rows = min(n, max(1, PIECE // k))
-    work = unpacking_buffers(rows, row_bytes, 3 if bits == 3 else 8, packed.device)
-    computed = torch.empty(rows, planes, groups, k // planes // groups, dtype=_wide(dtype))
-    stored = torch.empty(rows, k, dtype=dtype) if computed.dtype != dtype else None
-    scale = scale.to(computed.dtype)[:, None, :, None]
+    work = _plane_buffers(rows, packed, bits)
+    computed = torch.empty(rows, planes, groups, k // planes // groups, dtype=dtype)
+    scale = scale.to(dtype)[:, None, :, None]
     for start in range(0, n, rows):
         here = slice(start, min(start + rows, n))
         values = computed[: here.stop - start]
@@ -109,9 +151,25 @@ def _pieces(
                 levels = levels.sub_(2 ** (bits - 1)).view(torch.int8)
             values[:, plane].copy_(levels.view(len(values), groups, -1))
         if zero_point is not None:
-            values.sub_(zero_point[here, None, :, None].to(values.dtype))
-        weight = values.mul_(scale[here]).view(len(values), k)
-        yield here, weight if stored is None else stored[: len(values)].copy_(weight)
+            values.sub_(zero_point[here, None, :, None].to(dtype))
+        yield here, values.mul_(scale[here]).view(len(values), k)
+
+
+def _write_signed(packed: Tensor, bits: int, work: tuple[Tensor, Tensor], out: Tensor) -> None:
+    """Write levels less 2^(bits-1), int8, to `out` (N, planes, K / planes): a shift up and one down spread the sign."""
+    if bits == 3:
+        torch.sub(unpack_rows(packed, bits, work), 4, out=out[:, 0].view(torch.uint8))
+        return
+    signs = sum(1 << bit for bit in range(bits - 1, 8, bits))
+    flipped = torch.bitwise_xor(packed, signs, out=work[0][: len(packed)]).view(torch.int8)
+    for plane in range(PLANES[bits]):
+        levels = torch.bitwise_left_shift(flipped, 8 - bits * (plane + 1), out=out[:, plane])
+        levels.bitwise_right_shift_(8 - bits)
+
+
+def _plane_buffers(rows: int, packed: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return what `_plane` works in."""
+    return unpacking_buffers(rows, packed.shape[1], 3 if bits == 3 else 8, packed.device)
 
 
 def _plane(packed: Tensor, plane: int, bits: int, work: tuple[Tensor, Tensor]) -> Tensor:
