@@ -1,6 +1,6 @@
 """Post-training quantization on real models: accuracy by method and bits, calibrated on the same samples.
 
-    python benchmarks/post_training.py SHARED photos [--only W8A8] [--iters 20]
+    python benchmarks/post_training.py SHARED photos [--only W8A8] [--iters 20] [--bias-epochs 0]
     python benchmarks/post_training.py SHARED cifar [--iters 100]
 
 photos: EfficientNet-Lite0 on one photo of each ImageNet class, 256 to calibrate on and the rest to test. cifar: ResNet-20.
@@ -28,14 +28,18 @@ from eff.schemas import MethodUse, Recipe, Report, TrainOptions
 from eff_kernels.bench import device_name
 
 BITS = ((8, 8), (4, 8), (4, 4))
+BIAS_EPOCHS = 10
+"""Of 60 steps each on the whole network: adaquant's default, and most of its time on a deep one."""
 
 
-def settings(iters: int, samples: int) -> list[tuple[str, str, dict[str, Any], bool]]:
+def settings(iters: int, samples: int, bias_epochs: int) -> list[tuple[str, str, dict[str, Any], bool]]:
     """Return (name, method, options, whether steps are taken) of all settings."""
     found: list[tuple[str, str, dict[str, Any], bool]] = []
     for weight_bits, act_bits in BITS:
         name = f"W{weight_bits}A{act_bits}"
         ada = {"bits": [weight_bits], "act_bits": act_bits, "calib_size": samples, "iters": iters, "batch": 16}
+        tuned = {"bias_epochs": bias_epochs} if bias_epochs else {"bias_tuning": False}
+        epochs = "" if bias_epochs == BIAS_EPOCHS else f", {bias_epochs} epochs of biases"
         plain = ada | {"norm_tuning": False, "bias_tuning": False}
         grad = {
             "bits": weight_bits, "act_bits": act_bits, "calib_size": samples, "iters": iters, "act_iters": iters, "batch": 16,
@@ -45,7 +49,7 @@ def settings(iters: int, samples: int) -> list[tuple[str, str, dict[str, Any], b
             (f"{name} min-max, nearest", "quant_adaquant", plain, False),
             (f"{name} searched scales, nearest", "quant_gradptq", grad, False),
             (f"{name} adaquant light", "quant_adaquant", ada | {"pipeline": "light"}, False),
-            (f"{name} adaquant", "quant_adaquant", ada | {"relative_lr": True, "lr_qx": 1e-3}, True),
+            (f"{name} adaquant{epochs}", "quant_adaquant", ada | tuned | {"relative_lr": True, "lr_qx": 1e-3}, True),
             (f"{name} adaround", "quant_gradptq", grad | {"preset": "base"}, True),
             (f"{name} gradptq", "quant_gradptq", grad, True),
         ]
@@ -61,6 +65,9 @@ def main() -> None:
     parser.add_argument("what", choices=["cifar", "photos"])
     parser.add_argument("--only", default="", help="settings whose name holds this")
     parser.add_argument("--iters", type=int, default=100, help="steps per layer")
+    parser.add_argument(
+        "--bias-epochs", type=int, default=BIAS_EPOCHS, help="of adaquant, 60 steps each; 0 tunes no biases"
+    )
     parser.add_argument("--samples", type=int, default=256, help="samples to calibrate on")
     parser.add_argument("--test", type=int, default=0, help="samples to test on; 0: all others")
     arguments = parser.parse_args()
@@ -75,7 +82,7 @@ def main() -> None:
         (weights,) = (shared / "models").glob("resnet20-*.th")
         data = f"parquet:{shared / 'data' / 'cifar10'}?{subset}"
         model = {"model": str(weights), "arch": "zoo:cifar_resnet20", "data": data}
-    for name, method, options, trains in settings(arguments.iters, arguments.samples):
+    for name, method, options, trains in settings(arguments.iters, arguments.samples, arguments.bias_epochs):
         if arguments.only not in name:
             continue
         recipe = Recipe(
