@@ -8,7 +8,7 @@ from torch import Tensor
 from eff_kernels.kv_quant.cache import within
 from eff_kernels.kv_quant.reference import finite
 
-BLOCK = 256
+BLOCK = 512
 """Tokens whose codes are unpacked at a time."""
 
 
