@@ -121,10 +121,10 @@ def check_finite(op: str, name: str, x: Tensor) -> None:
 def check_distinct(op: str, name: str, x: Tensor) -> None:
     """Raise ValueError where an entry of the vector `x` comes twice; looks where `check_values` does."""
     if _has_values_at_hand(x):
-        ordered = x.sort().values
-        twice = ordered[1:][ordered[1:] == ordered[:-1]]
-        if len(twice):
-            raise ValueError(f"{op}: {name} has {twice[0].item()} twice, expected each entry once")
+        found = x.tolist()
+        if len(set(found)) < len(found):
+            twice = next(entry for entry in found if found.count(entry) > 1)
+            raise ValueError(f"{op}: {name} has {twice} twice, expected each entry once")
 
 
 def _has_values_at_hand(x: Tensor) -> bool:

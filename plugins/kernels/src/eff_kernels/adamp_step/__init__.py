@@ -134,11 +134,13 @@ def _check(lists: Sequence[Sequence[Tensor]], counts: Sequence[Any]) -> None:
 
 
 def _is_alike(x: Any, first: Any, weight: Any) -> bool:
-    """Whether `x` is a plain dense tensor like the first weight and of the shape of its own, and can be written to."""
+    """Whether `x` is a contiguous tensor like the first weight, of the shape of its own, which can be written to."""
     return (
         isinstance(x, Tensor)
-        and (x.dtype, x.device, x.layout) == (first.dtype, first.device, torch.strided)
+        and x.dtype == first.dtype
+        and x.layout is torch.strided
+        and x.device == first.device
         and x.shape == weight.shape
-        and 0 not in x.stride()
+        and x.is_contiguous()
         and not (x.requires_grad and torch.is_grad_enabled())
     )

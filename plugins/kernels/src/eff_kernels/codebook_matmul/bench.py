@@ -59,7 +59,7 @@ def _case(m: int, dim: int, dtype: torch.dtype, trains: bool, device: torch.devi
 
         entries, ones = codebook.detach()[:, None], torch.ones(N, 1, 1, dtype=dtype, device=device)
         coded = [
-            CodebookQuantizedTensor(one.int(), entries, (1, DIM), ones, torch.Size((N, K)), dtype=dtype)
+            CodebookQuantizedTensor(one.int(), entries, (1, dim), ones, torch.Size((N, K)), dtype=dtype)
             for one in packed[:16]
         ]
         return Made(calls(lambda w: F.linear(x, w), coded), memory=4 * packed[0].numel() + N * K * element)

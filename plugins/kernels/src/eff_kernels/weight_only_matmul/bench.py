@@ -66,8 +66,10 @@ def _case(m: int, bits: int, group: int, dtype: torch.dtype, device: torch.devic
         peers["torch int4pack"] = _int4pack(x, packed[:3], scale)
         memory["torch int4pack"] = size + 2 * scale_bytes
     makers = {"HQQ": ("hqq", _hqq)}
-    if dtype != torch.float32 and bits == 4:
-        makers |= {"torchao int4": ("torchao", _torchao), "gemlite": ("gemlite", _gemlite)}
+    if bits == 4 and dtype == torch.bfloat16:
+        makers["gemlite"] = ("gemlite", _gemlite)
+        if grouped:
+            makers["torchao int4"] = ("torchao", _torchao)
     libraries = {
         name: Library(module, lambda make=make: make(x, packed[:3], scale, bits))  # type: ignore[misc]
         for name, (module, make) in makers.items()
@@ -128,12 +130,14 @@ def _hqq(x: Tensor, packed: list[Tensor], scale: Tensor, bits: int) -> Made:
     """Return HQQ's layer with these levels and scales in the place of those it would choose."""
     from hqq.core.quantize import HQQLinear, Quantizer
 
+    group = x.shape[1] // scale.shape[1]
+
     def layer(one: Tensor) -> Any:
         made = HQQLinear(None, None, compute_dtype=x.dtype, device=str(x.device))
         packing = Quantizer.bit_to_packing[bits]
-        made.W_q = Quantizer.pack[packing](unpack_rows(one, bits).view(-1, GROUP))
+        made.W_q = Quantizer.pack[packing](unpack_rows(one, bits).view(-1, group))
         made.meta = {
-            "nbits": bits, "group_size": GROUP, "shape": torch.Size((len(scale), x.shape[1])), "axis": 1,
+            "nbits": bits, "group_size": group, "shape": torch.Size((len(scale), x.shape[1])), "axis": 1,
             "scale": scale.reshape(-1, 1), "zero": torch.full_like(scale.reshape(-1, 1), 2 ** (bits - 1)),
             "packing": packing, "unpack_view_dtype": Quantizer.unpack_view_dtype[packing], "view_as_float": False,
             "compute_dtype": x.dtype, "quant_scale": False, "quant_zero": False,
