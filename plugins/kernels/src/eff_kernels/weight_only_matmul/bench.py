@@ -54,7 +54,7 @@ def _case(m: int, bits: int, group: int, dtype: torch.dtype, device: torch.devic
         return [lambda w=w: function(w) for w in weights]  # type: ignore[misc]
 
     name = str(dtype).removeprefix("torch.")
-    peers = {f"dense {name} linear": calls(lambda w: F.linear(x, w), dense)}
+    peers: dict[str, Calls] = {f"dense {name} linear": calls(lambda w: F.linear(x, w), dense)}
     scale_bytes = scale.numel() * scale.element_size()
     second = 0 if made[0] is None or m > prepacked.ROWS else made[0].codes.numel() + 2 * made[0].grid.numel()
     choice = OP.choose(x)
