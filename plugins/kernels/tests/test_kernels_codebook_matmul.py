@@ -238,15 +238,33 @@ def test_wrong_arguments_are_named(change, error, message):
 @pytest.mark.parametrize(
     ("codes", "bits", "message"),
     [
-        (torch.zeros(2, 3), 4, r"pack_codes: codes has shape \(2, 3\), expected \(N, J\), J even for 4 bits"),
-        (torch.zeros(4), 8, r"codes has shape \(4,\)"), (torch.zeros(2, 2), 5, "bits is 5, expected one of 4, 8, 16"),
+        (torch.zeros(2, 3).int(), 4, r"pack_codes: codes has shape \(2, 3\), expected \(N, J\), J even for 4 bits"),
+        (torch.zeros(4).int(), 8, r"codes has shape \(4,\)"), (torch.zeros(2, 2), 5, "bits is 5, expected one of 4, 8, 16"),
         (torch.full((1, 2), 16), 4, "pack_codes: codes has values from 16 to 16, expected 0 to 15"),
+        (torch.zeros(2, 2).int(), 4.0, "bits is 4.0, expected one of 4, 8, 16"),
+        (torch.zeros(2, 2, device="meta").int(), 4, "pack_codes: codes is on meta, expected a device that holds values"),
         (torch.full((1, 2), 65536), 16, "pack_codes: codes has values from 65536 to 65536, expected 0 to 65535"),
     ],
 )  # fmt: skip
 def test_codes_that_cannot_be_packed_are_refused(codes, bits, message):
     with pytest.raises(ValueError, match=message):
         pack_codes(codes, bits)
+
+
+@pytest.mark.parametrize(
+    ("packed", "bits", "error", "message"),
+    [
+        (None, 8, TypeError, "unpack_codes: packed is NoneType, expected a tensor of uint8"),
+        (torch.zeros(2, 2), 8, TypeError, "packed is float32, expected uint8"),
+        (torch.zeros(2, dtype=torch.uint8), 8, ValueError, r"packed has shape \(2,\), expected \(N, bytes\)"),
+        (torch.zeros(2, 3, dtype=torch.uint8), 16, ValueError, "packed has 3 bytes a row, expected a multiple of 2"),
+        (torch.zeros(2, 4, dtype=torch.uint8).t(), 16, ValueError, "packed has strides .*call .contiguous"),
+        (torch.zeros(2, 2, dtype=torch.uint8), 2, ValueError, "bits is 2, expected one of 4, 8, 16"),
+    ],
+)
+def test_what_cannot_be_unpacked_is_refused(packed, bits, error, message):
+    with pytest.raises(error, match=message):
+        unpack_codes(packed, bits)
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])

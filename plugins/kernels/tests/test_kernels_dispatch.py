@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from eff.cli import main
-from eff_kernels.bench import Case, Row, device_name, largest_error, ops, verdict
+from eff_kernels.bench import Case, Library, Made, Row, device_name, installed_peers, largest_error, ops, verdict
 from eff_kernels.dispatch import Op
 from eff_kernels.kv_quant import kv_dequantize, kv_quantize
 from eff_kernels.partial_linear import partial_linear
@@ -149,6 +149,42 @@ def test_a_wrong_result_is_said_and_fails(capsys, tiny):
     code, out, _ = run(capsys, "--op", "fake_quant", "--seconds", "0.01")
     assert code == 1
     assert "WRONG" in out and "faster" not in out
+
+
+def with_library(module, make):
+    x = torch.arange(4.0)
+    choice = Op("fake_quant").choose(x)
+    library = {"theirs": Library(module, make)}
+    return Case("4 values", [lambda: x * 2], {}, choice, reference=lambda: x * 2, libraries=library)
+
+
+@pytest.mark.parametrize(
+    ("module", "made", "said"),
+    [
+        ("json", Made([lambda: torch.arange(4.0) + torch.arange(4.0)]), None),
+        ("json", Made([lambda: torch.arange(4.0) ** 2], expected=lambda: torch.arange(4.0).square()), None),
+        ("json", Made([lambda: torch.arange(4.0) ** 2]), "theirs left out: its result differs by 0.5, expected 1e-05"),
+        ("json", ImportError("needs a GPU\nand more"), "theirs left out: needs a GPU"),
+        ("no_such_library", ImportError("is not asked"), ""),
+    ],
+)
+def test_a_library_is_a_peer_where_it_is_installed_and_right(module, made, said, capsys):
+    def make():
+        if isinstance(made, Exception):
+            raise made
+        return made
+
+    peers = dict(installed_peers(with_library(module, make)))
+    assert peers == ({"theirs": made} if said is None else {})
+    assert capsys.readouterr().err.strip() == (said or "")
+
+
+def test_a_library_is_measured_beside_the_other_peers(capsys, monkeypatch):
+    case = with_library("json", lambda: Made([lambda: torch.arange(4.0) * 2], memory=7))
+    monkeypatch.setattr("eff_kernels.bench._cases", lambda op, device: iter([case]))
+    _, out, _ = run(capsys, "--op", "fake_quant", "--seconds", "0.01", "--json")
+    rows = {row["implementation"]: row for row in json.loads(out)["rows"]}
+    assert rows["theirs"]["kind"] == "peer" and rows["theirs"]["memory"] == 7
 
 
 def test_an_unknown_op_is_suggested_and_a_wrong_path_refused(capsys, monkeypatch):

@@ -205,12 +205,26 @@ def test_integers_are_refused():
         ({"q_min": -8.5}, "q_min is -8.5, expected an integer"),
         ({"q_max": float("nan")}, "q_max is nan, expected an integer"),
         ({"axis": 1.0}, "axis is 1.0, expected an integer"),
+        ({"q_max": True}, "q_max is True, expected an integer"),
+        ({"scale": None}, "scale is NoneType, expected a tensor"),
+        ({"grad_scale": None}, "grad_scale is None, expected a number"),
+        ({"grad_scale": torch.tensor(1.0)}, r"grad_scale is tensor\(1.\), expected a number"),
+        ({"x": torch.ones(2, 3).to_sparse()}, "x is sparse_coo, expected a dense tensor"),
     ],
 )
 def test_wrong_types_are_named(change, message):
     arguments = {"x": torch.ones(2, 3), "scale": torch.tensor(1.0), "q_min": -8, "q_max": 7, **change}
     with pytest.raises(TypeError, match=f"fake_quant: {message}"):
         fake_quant(**arguments)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_offset_and_a_gradient_scale_are_finite(path, value):
+    x, scale = torch.ones(2, 3), torch.tensor(1.0)
+    with pytest.raises(ValueError, match=rf"fake_quant: offset is {value}, expected finite numbers"):
+        fake_quant(x, scale, -8, 7, offset=torch.tensor(value))
+    with pytest.raises(ValueError, match=rf"fake_quant: grad_scale is {value}, expected a finite number"):
+        fake_quant(x, scale, -8, 7, grad_scale=value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])

@@ -175,9 +175,18 @@ def test_ratios_that_no_pair_stands_for_are_refused(ratio, message):
         dyadic(torch.tensor([1.0, ratio], dtype=torch.float64))
 
 
-def test_integer_ratios_are_refused():
-    with pytest.raises(TypeError, match="dyadic: ratio is int64, expected a floating-point tensor"):
+def test_ratios_that_are_no_floating_point_tensor_with_values_are_refused():
+    with pytest.raises(TypeError, match="dyadic: ratio is int64, expected float32"):
         dyadic(torch.tensor([1]))
+    with pytest.raises(TypeError, match="dyadic: ratio is float, expected a tensor"):
+        dyadic(0.5)
+    with pytest.raises(ValueError, match="dyadic: ratio is on meta, expected a device that holds values"):
+        dyadic(torch.ones(1, device="meta"))
+
+
+def test_the_longest_sum_of_another_dtype_is_refused():
+    with pytest.raises(TypeError, match="longest_sum: dtype is torch.int32, expected torch.int8 or torch.uint8"):
+        longest_sum(torch.int32)
 
 
 X, W, M, E, B = inputs(2, 3, 4)
@@ -254,6 +263,9 @@ def test_scaled_sums_are_those_of_numpy(path, dtype, with_bias):
         ({"scale": torch.ones(3).double()}, TypeError, "scaled_int_matmul: scale is float64, expected float32"),
         ({"scale": torch.ones(2)}, ValueError, r"scale has shape \(2,\), expected \(3,\)"),
         ({"bias": torch.ones(4)}, ValueError, r"bias has shape \(4,\), expected \(3,\)"),
+        ({"scale": None}, TypeError, "scale is NoneType, expected a tensor of float32"),
+        ({"scale": torch.ones(3).requires_grad_()}, ValueError, "scale asks for a gradient, .* expected it detached"),
+        ({"bias": torch.ones(3).to_sparse()}, TypeError, "bias is sparse_coo, expected a dense tensor"),
     ],
 )
 def test_wrong_arguments_of_the_scaled_product_are_named(change, error, message):

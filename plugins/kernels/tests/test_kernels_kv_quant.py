@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eff_kernels.kv_quant import cpu, kv_attention, kv_dequantize, kv_quantize, kv_quantize_parts, reference
+from eff_kernels.kv_quant import cpu, kv_attention, kv_dequantize, kv_quantize, kv_quantize_parts, quantize, reference
 from eff_kernels.kv_quant.cache import pack, unpack
 from eff_kernels.kv_quant.library import attend_op
 from eff_kernels.packing import pack_bits
@@ -250,7 +250,7 @@ def test_parts_that_overlap_or_differ_between_heads_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             kv_quantize_parts(x, x, parts)
-    with pytest.raises(ValueError, match="scheme is 'group', expected one of"):
+    with pytest.raises(ValueError, match="key_scheme is 'group', expected one of"):
         kv_quantize_parts(x, x, [(every, 4, 4)], "group")
 
 
@@ -271,6 +271,14 @@ def test_parts_that_overlap_or_differ_between_heads_are_refused():
         ({"salient": torch.tensor([[0, 1]])}, ValueError, r"salient has shape \(1, 2\), expected \(1, 1, n\)"),
         ({"salient": torch.tensor([[[0.5]]])}, TypeError, "salient is float32, expected int64"),
         ({"bits": (4, 3)}, ValueError, "bits is 3, expected one of 2, 4, 8"),
+        ({"bits": (4, 2.0)}, ValueError, "bits is 2.0, expected one of 2, 4, 8"),
+        ({"bits": 4}, TypeError, "kv_quantize: bits is 4, expected two widths"),
+        ({"bits": (4, 2, 2)}, TypeError, r"bits is \(4, 2, 2\), expected two widths"),
+        (
+            {name: torch.ones(1, 1, 3, 4, device="meta") for name in ("keys", "values")},
+            ValueError,
+            "salient is on meta|keys is on meta, expected a device that holds values",
+        ),
     ],
 )
 def test_a_cache_that_cannot_be_made_is_refused(change, error, message):
@@ -280,14 +288,118 @@ def test_a_cache_that_cannot_be_made_is_refused(change, error, message):
 
 
 @pytest.mark.parametrize(
-    ("query", "recent", "message"),
+    ("parts", "message"),
     [
-        (torch.ones(2, 4, 1, 8), None, "query has 4 heads, expected a multiple of the cache's 3"),
-        (torch.ones(2, 3, 1, 4), None, r"query has shape \(2, 3, 1, 4\), expected \(2, query heads, queries, 8\)"),
-        (torch.ones(2, 3, 0, 8), None, "query is empty"),
-        (torch.ones(2, 3, 1, 8), (torch.ones(2, 1, 5, 8),) * 2, r"recent keys has shape \(2, 1, 5, 8\)"),
+        (None, "parts is NoneType, expected a sequence"),
+        (
+            [(torch.ones(1, 1, 3, dtype=torch.bool), 4)],
+            r"parts\[0\] is .*, expected tokens, width of keys, width of values",
+        ),
+        ([(torch.ones(1, 1, 3), 4, 4)], "tokens is float32, expected bool"),
+        ([None], r"parts\[0\] is None, expected tokens"),
     ],
 )
-def test_a_query_that_does_not_fit_is_refused(query, recent, message):
-    with pytest.raises(ValueError, match=message):
-        kv_attention(query, made()[3], recent)
+def test_parts_that_are_none_are_refused(parts, message):
+    x = torch.ones(1, 1, 3, 4)
+    with pytest.raises(TypeError, match=f"kv_quantize_parts: {message}"):
+        kv_quantize_parts(x, x, parts)
+
+
+def recent(keys=None, values=None):
+    """Return a pair that fits `made`, with one or both replaced."""
+    fits = torch.ones(2, 3, 5, 8)
+    return {"recent": (fits if keys is None else keys, fits if values is None else values)}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"query": torch.ones(2, 4, 1, 8)}, ValueError, "query has 4 heads, expected a multiple of the cache's 3"),
+        (
+            {"query": torch.ones(2, 3, 1, 4)},
+            ValueError,
+            r"query has shape \(2, 3, 1, 4\), expected \(2, query heads, queries, 8\)",
+        ),
+        ({"query": torch.ones(2, 3, 0, 8)}, ValueError, "query is empty"),
+        ({"query": None}, TypeError, "query is NoneType, expected a tensor"),
+        ({"cache": None}, TypeError, "cache is NoneType, expected what kv_quantize returns"),
+        ({"cache": []}, ValueError, "cache is an empty sequence, expected at least one cache"),
+        ({"cache": [None]}, TypeError, r"cache\[0\] is NoneType, expected what kv_quantize returns"),
+        (
+            {"cache": [made()[3], made(heads=4)[3]]},
+            ValueError,
+            r"cache\[1\] has shape .*, expected \(2, 3, length, 8\)",
+        ),
+        (recent(torch.ones(2, 1, 5, 8)), ValueError, r"recent keys has shape \(2, 1, 5, 8\)"),
+        (recent(values=torch.ones(2, 3, 4, 8)), ValueError, r"recent values has shape .*, expected \(2, 3, 5, 8\)"),
+        (recent(torch.ones(2, 3, 5, 8).int()), TypeError, "recent keys is int32, expected float32, float16, bfloat16"),
+        (recent(values=torch.ones(2, 3, 5, 8, device="meta")), ValueError, "recent values is on meta, query on cpu"),
+        (recent(values="v"), TypeError, "recent values is str, expected a tensor"),
+        ({"recent": torch.ones(2, 3, 5, 8)}, TypeError, "recent is Tensor, expected the pair of keys and values"),
+        ({"recent": (torch.ones(2, 3, 5, 8),)}, TypeError, "recent is tuple, expected the pair of keys and values"),
+        ({"scale": math.nan}, ValueError, "scale is nan, expected a finite number"),
+        ({"scale": torch.ones(3)}, TypeError, r"scale is tensor\(.*\), expected a number"),
+        ({"visible": torch.ones(2, 1, 5, dtype=torch.bool)}, ValueError, "visible is given without recent"),
+        ({**recent(), "visible": torch.ones(2, 1, 5)}, TypeError, "visible is float32, expected bool"),
+        (
+            {**recent(), "visible": torch.ones(2, 1, 4, dtype=torch.bool)},
+            ValueError,
+            r"visible has shape \(2, 1, 4\), expected \(2, 1, 5\)",
+        ),
+        (
+            {**recent(), "visible": torch.ones(2, 1, 5, dtype=torch.bool, device="meta")},
+            ValueError,
+            "visible is on meta, query on cpu",
+        ),
+    ],
+)
+def test_what_cannot_be_attended_to_is_refused(change, error, message):
+    with pytest.raises(error, match=f"kv_attention: {message}"):
+        kv_attention(**{"query": torch.ones(2, 3, 1, 8), "cache": made()[3], **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": None}, TypeError, "x is NoneType, expected a tensor"),
+        ({"x": torch.ones(1, 2, 3, 4).int()}, TypeError, "x is int32, expected float32"),
+        ({"x": torch.ones(2, 3, 4)}, ValueError, r"x has shape \(2, 3, 4\), expected \(batch, heads, n, dim\)"),
+        ({"x": torch.ones(1, 2, 0, 4)}, ValueError, "x is empty"),
+        (
+            {"x": torch.ones(1, 2, 3, 5)},
+            ValueError,
+            "x has 5 channels, expected a multiple of 2, so that codes fill bytes",
+        ),
+        (
+            {"x": torch.full((1, 2, 3, 4), math.nan)},
+            ValueError,
+            "x has values from nan to nan, expected finite numbers",
+        ),
+        ({"bits": 3}, ValueError, "bits is 3, expected one of 2, 4, 8"),
+        ({"by_token": 1}, TypeError, "by_token is 1, expected True or False"),
+        ({"present": torch.ones(1, 3)}, TypeError, "present is float32, expected bool"),
+        ({"present": torch.ones(1, 2, dtype=torch.bool)}, ValueError, r"present has shape \(1, 2\), expected \(1, 3\)"),
+    ],
+)
+def test_what_cannot_be_quantized_is_refused(change, error, message):
+    with pytest.raises(error, match=f"quantize: {message}"):
+        quantize(**{"x": torch.ones(1, 2, 3, 4), "bits": 4, "by_token": True, **change})
+
+
+def test_a_cache_is_needed_to_dequantize():
+    with pytest.raises(TypeError, match="kv_dequantize: cache is list, expected what kv_quantize returns"):
+        kv_dequantize([])
+
+
+@pytest.mark.parametrize(
+    ("sequences", "error", "message"),
+    [
+        ([0], TypeError, "sequences is list, expected a tensor of int64"),
+        (torch.tensor([0.0]), TypeError, "sequences is float32, expected int64"),
+        (torch.tensor(0), ValueError, r"sequences has shape \(\), expected \(k,\)"),
+        (torch.tensor([0, 2]), ValueError, "sequences has values from 0 to 2, expected 0 to 1"),
+    ],
+)
+def test_sequences_that_are_not_there_are_refused(sequences, error, message):
+    with pytest.raises(error, match=f"QuantizedKV.select: {message}"):
+        made()[3].select(sequences)

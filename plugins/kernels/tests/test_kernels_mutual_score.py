@@ -1,5 +1,7 @@
 """mutual_score against a loop in float64, scipy's distances, and the reference code's interval average."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -107,7 +109,7 @@ def test_it_works_under_compile():
     [
         (torch.ones(2, 3, 4, dtype=torch.int32), TypeError, "mutual_distances: z is int32, expected float32"),
         (torch.ones(2, 3), ValueError, r"z has shape \(2, 3\), expected \(images, patches, channels\)"),
-        (torch.ones(1, 3, 4), ValueError, "number of images is 1, expected 2 to"),
+        (torch.ones(1, 3, 4), ValueError, "number of images is 1, expected at least 2"),
         (torch.ones(2, 0, 4), ValueError, r"z is empty, shape \(2, 0, 4\)"),
         (torch.full((2, 3, 4), torch.nan), ValueError, "z holds NaN or infinity, expected finite features"),
     ],
@@ -129,6 +131,25 @@ def test_features_whose_squares_leave_float32_have_the_distances_of_scaled_ones(
     expected = torch.ldexp(by_loop(z), torch.tensor(exponent))
     assert scaled.isfinite().all()
     torch.testing.assert_close(mutual_distances(scaled).double(), expected, rtol=2e-5, atol=2e-5 * 2.0**exponent)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "error", "message"),
+    [
+        ({"low": None}, TypeError, "mutual_score: low is None, expected a number"),
+        ({"high": "1"}, TypeError, "high is '1', expected a number"),
+        ({"high": math.inf}, ValueError, "high is inf, expected a finite number"),
+        ({"low": math.nan}, ValueError, "low is nan, expected a finite number"),
+        ({"high": True}, TypeError, "high is True, expected a number"),
+    ],
+)
+def test_bounds_that_are_no_numbers_are_refused(bounds, error, message):
+    with pytest.raises(error, match=message):
+        mutual_score(torch.ones(3, 2, 2), **bounds)
+
+
+def test_without_values_there_is_the_shape():
+    assert mutual_score(torch.ones(3, 2, 4, device="meta")).shape == (3, 2)
 
 
 @pytest.mark.parametrize(("low", "high"), [(-0.1, 0.3), (0.3, 0.3), (0.5, 0.2)])

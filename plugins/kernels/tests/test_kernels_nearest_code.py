@@ -1,5 +1,7 @@
 """nearest_code against all distances in float64 and scipy's tree; ties, blocks, the operator, bad input."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -89,6 +91,8 @@ def test_it_works_under_compile():
         (torch.ones(3), torch.ones(4, 3), ValueError, r"x has shape \(3,\), expected \(vectors, d\)"),
         (torch.ones(2, 3), torch.ones(4, 2), ValueError, r"codebook has shape \(4, 2\), expected \(entries, 3\)"),
         (torch.ones(2, 3), torch.ones(0, 3), ValueError, "codebook is empty"),
+        (torch.full((2, 3), math.nan), torch.ones(4, 3), ValueError, "x has values from nan .*expected finite numbers"),
+        (torch.ones(2, 3), torch.full((4, 3), math.inf), ValueError, "codebook is inf, expected finite numbers"),
     ],
 )
 def test_what_does_not_fit_is_refused(x, words, error, message):
@@ -96,6 +100,16 @@ def test_what_does_not_fit_is_refused(x, words, error, message):
         nearest_code(x, words)
 
 
-def test_a_block_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="block is 0, expected 1 to"):
-        nearest_code(torch.ones(2, 3), torch.ones(4, 3), block=0)
+@pytest.mark.parametrize(
+    ("sizes", "error", "message"),
+    [
+        ({"block": 0}, ValueError, "block is 0, expected 1 to"),
+        ({"block": 2.5}, TypeError, "block is 2.5, expected an integer"),
+        ({"block": None}, TypeError, "block is None, expected an integer"),
+        ({"columns": -1}, ValueError, "columns is -1, expected 0 to"),
+        ({"columns": True}, TypeError, "columns is True, expected an integer"),
+    ],
+)
+def test_sizes_of_a_block_are_counts(sizes, error, message):
+    with pytest.raises(error, match=message):
+        nearest_code(torch.ones(2, 3), torch.ones(4, 3), **sizes)

@@ -1,5 +1,7 @@
 """partial_linear against autograd of a whole weight; what it keeps; the operator; bad input."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -159,6 +161,10 @@ def test_it_works_under_compile():
         ({"index": torch.tensor([0, 3])}, ValueError, "index has values from 0 to 3, expected 0 to 2"),
         ({"index": torch.tensor([-1, 1])}, ValueError, "index has values from -1 to 1, expected 0 to 2"),
         ({"index": torch.tensor([], dtype=torch.int64)}, ValueError, "index 0 entries, expected at least one"),
+        ({"index": torch.tensor([2, 2])}, ValueError, "index has 2 twice, expected each entry once"),
+        ({"scale": math.nan}, ValueError, "scale is nan, expected a finite number"),
+        ({"scale": None}, TypeError, "scale is None, expected a number"),
+        ({"again": torch.ones(4, 3)}, TypeError, "again is Tensor, expected a function that returns the weight"),
         ({"p": torch.ones(4, 3)}, ValueError, r"p has shape \(4, 3\), expected \(4, 2\)"),
         ({"bias": torch.ones(3)}, ValueError, r"bias has shape \(3,\), expected \(4,\)"),
         ({"bias": torch.ones(4).int()}, TypeError, "bias is int32, expected float32"),

@@ -197,6 +197,14 @@ def test_it_works_under_compile():
         ({"ratio": 2.0}, ValueError, "ratio is 2.0"),
         ({"sample_ratio": 0.001}, ValueError, "sample_ratio is 0.001, expected 0.01 to 1"),
         ({"lower": 1.2}, ValueError, "expected 0 <= lower <= 1 <= upper"),
+        ({"ratio": None}, TypeError, "ratio is None, expected a number"),
+        ({"ratio": True}, TypeError, "ratio is True, expected a number"),
+        ({"upper": math.inf}, ValueError, "upper is inf, expected a finite number"),
+        ({"max_iterations": -1}, ValueError, "max_iterations is -1, expected 0 to"),
+        ({"max_iterations": 2.5}, TypeError, "max_iterations is 2.5, expected an integer"),
+        ({"resample": "no"}, TypeError, "resample is 'no', expected True or False"),
+        ({"generator": 3}, TypeError, "generator is int, expected a torch.Generator"),
+        ({"v": torch.ones(5, device="meta")}, ValueError, "v is on meta, expected a device that holds values"),
     ],
 )
 def test_wrong_arguments_are_refused(path, change, error, message):
@@ -211,6 +219,10 @@ def test_wrong_arguments_are_refused(path, change, error, message):
         ({"u": torch.ones(2, 2).half()}, TypeError, "u is float16, expected float32"),
         ({"v": torch.ones(2, 4)[:, ::2]}, ValueError, r"v has strides \(4, 2\), expected a contiguous tensor"),
         ({"momentum": 1.0}, ValueError, "momentum is 1.0, expected at least 0 and below 1"),
+        ({"momentum": None}, TypeError, "momentum is None, expected a number"),
+        ({"nesterov": 1}, TypeError, "nesterov is 1, expected True or False"),
+        ({"max_iterations": -1}, ValueError, "dgc_step_: max_iterations is -1, expected 0 to"),
+        ({"u": torch.ones(2, 2).requires_grad_()}, ValueError, "u asks for a gradient .*no_grad"),
         ({"u": torch.ones(2, 2, device="meta")}, ValueError, "u is on meta, v on cpu"),
     ],
 )
@@ -232,6 +244,19 @@ def test_a_wrong_step_is_refused_before_anything_changes(change, error, message)
 def test_pairs_that_do_not_fit_are_refused(values, indices, message):
     with pytest.raises(ValueError, match=message):
         densify(values, indices, (5,))
+
+
+@pytest.mark.parametrize(
+    ("shape", "error", "message"),
+    [
+        (5, TypeError, "densify: shape is 5, expected a tuple of sizes"),
+        ((2.0,), TypeError, r"shape\[0\] is 2.0, expected an integer"),
+        ((1, -1), ValueError, r"shape\[1\] is -1, expected at least 0"),
+    ],
+)
+def test_a_shape_that_is_none_is_refused(shape, error, message):
+    with pytest.raises(error, match=message):
+        densify(torch.ones(1), torch.tensor([0]), shape)
 
 
 @pytest.mark.parametrize("index", [-1, 5])

@@ -13,7 +13,7 @@ import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
 
 import typer
 
@@ -29,6 +29,25 @@ ROUNDS = 3
 """Every implementation is measured so often, in turns, so that a slow phase of the machine meets all."""
 SAME = 0.05
 """Within this share of each other two times count as equal."""
+
+
+class Made(NamedTuple):
+    """What a library's peer consists of."""
+
+    calls: Calls
+    expected: Callable[[], Any] | None = None
+    """What `calls[0]()` must give, where that is not the case's reference: the library has weights or codes of its own."""
+    memory: int | None = None
+    """Bytes, as `Case.memory` has them."""
+
+
+class Library(NamedTuple):
+    """A peer from a library that need not be installed."""
+
+    module: str
+    """Top-level package that it is in."""
+    make: Callable[[], Made]
+    """Imports the library and prepares the calls; may fail, e.g. where the device is none of the library's."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +72,8 @@ class Case:
     """Bytes that an implementation ("eff" or a peer) keeps or needs at most, where that is the point."""
     bounds: Mapping[str, Calls] = field(default_factory=dict)
     """Calls that do less than ours, to see what the rest costs; no peers."""
+    libraries: Mapping[str, Library] = field(default_factory=dict)
+    """More peers: measured where the library is installed, and only if the result is within `tolerance` too."""
 
 
 @dataclass(frozen=True)
@@ -243,7 +264,7 @@ def _median_ms(implementations: Mapping[str, Calls], device: torch.device, secon
         except Exception as error:  # a peer lacks a compiler, a dtype or this device
             if name == "eff":
                 raise
-            typer.echo(f"{name} left out: {(str(error).splitlines() or [''])[0]}", err=True)
+            _leave_out(name, error)
     for _ in range(ROUNDS):
         for name in times:
             times[name] += _sample(implementations[name], device, seconds / ROUNDS)
@@ -279,17 +300,44 @@ def _sample(calls: Calls, device: torch.device, seconds: float) -> list[float]:
 def _measure(op: str, case: Case, limits: Limits, seconds: float) -> list[Row]:
     error = None if case.reference is None else largest_error(case.ours[0](), case.reference())
     right = error is None or error <= case.tolerance
-    times = _median_ms({"eff": case.ours, **case.peers, **case.bounds}, limits.device, seconds)
+    made = dict(installed_peers(case))
+    peers = {**case.peers, **{name: peer.calls for name, peer in made.items()}}
+    memory = {**case.memory, **{name: peer.memory for name, peer in made.items()}}
+    times = _median_ms({"eff": case.ours, **peers, **case.bounds}, limits.device, seconds)
     least = limits.least_ms(case)
     path = case.choice.path if right else "wrong"
     kinds = {"eff": "ours", **dict.fromkeys(case.bounds, "bound")}
     return [
         Row(
-            op, case.name, name, kinds.get(name, "peer"), time, time / times["eff"], least / time if least else None, case.memory.get(name),
+            op, case.name, name, kinds.get(name, "peer"), time, time / times["eff"], least / time if least else None, memory.get(name),
             path if name == "eff" else "", error if name == "eff" else None,
         )
         for name, time in times.items()
     ]  # fmt: skip
+
+
+def installed_peers(case: Case) -> Iterator[tuple[str, Made]]:
+    """Yield the peers of installed libraries that run here and give the right result; say of the others why not."""
+    import importlib.util
+
+    for name, library in case.libraries.items():
+        if importlib.util.find_spec(library.module) is None:
+            continue
+        try:
+            made = library.make()
+            expected = made.expected or case.reference
+            error = 0.0 if expected is None else largest_error(made.calls[0](), expected())
+        except Exception as problem:  # the library lacks this device, a dependency, or has changed
+            _leave_out(name, problem)
+            continue
+        if error <= case.tolerance:
+            yield name, made
+        else:
+            typer.echo(f"{name} left out: its result differs by {error:.2g}, expected {case.tolerance:.2g}", err=True)
+
+
+def _leave_out(name: str, problem: Exception) -> None:
+    typer.echo(f"{name} left out: {(str(problem).splitlines() or [''])[0]}", err=True)
 
 
 def largest_error(found: Any, expected: Any) -> float:

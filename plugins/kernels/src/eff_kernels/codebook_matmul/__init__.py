@@ -71,7 +71,6 @@ def codebook_matmul(x: Tensor, packed: Tensor, codebook: Tensor, *, bits: int) -
 
 def decode(packed: Tensor, codebook: Tensor, *, bits: int) -> Tensor:
     """Return the weight (N, K) that `codebook_matmul` multiplies with, without a gradient; arguments and errors as there."""
-    check_dtype("decode", "codebook", codebook, FLOATS)
     _check_weight("decode", packed, codebook, bits)
     with _naming_codes("decode", packed, codebook, bits):
         result: Tensor = library.decode_op(packed, codebook.detach(), bits)
@@ -97,6 +96,7 @@ def _check_weight(op: str, packed: Tensor, codebook: Tensor, bits: int) -> None:
     check_contiguous(op, "packed", packed)
     if packed.shape[1] * 8 % bits:
         raise ValueError(f"{op}: packed has {packed.shape[1]} bytes a row, expected a multiple of 2 for 16-bit codes")
+    check_dtype(op, "codebook", codebook, FLOATS)
     check_shape(op, "codebook", codebook, ("entries", "dim"))
     check_range(op, "entries of the codebook", codebook.shape[0], 1, 2**bits)
     check_range(op, "dim of the codebook", codebook.shape[1], 1, MAX_DIM)

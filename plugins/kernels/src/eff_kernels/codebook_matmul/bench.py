@@ -1,4 +1,4 @@
-"""codebook_matmul beside decoding and multiplying, and beside the dense product."""
+"""codebook_matmul beside decoding and multiplying (also by torchao), and beside the dense product."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eff_kernels.bench import Case
+from eff_kernels.bench import Case, Library, Made
 from eff_kernels.codebook_matmul import codebook_matmul, decode, reference
 from eff_kernels.codebook_matmul.library import OP
 
@@ -54,6 +54,16 @@ def _case(m: int, dim: int, dtype: torch.dtype, trains: bool, device: torch.devi
     size = packed[0].numel() + codebook.numel() * codebook.element_size()
     element = x.element_size()
 
+    def torchao() -> Made:
+        from torchao.prototype.quantization.codebook import CodebookQuantizedTensor
+
+        entries, ones = codebook.detach()[:, None], torch.ones(N, 1, 1, dtype=dtype, device=device)
+        coded = [
+            CodebookQuantizedTensor(one.int(), entries, (1, dim), ones, torch.Size((N, K)), dtype=dtype)
+            for one in packed[:16]
+        ]
+        return Made(calls(lambda w: F.linear(x, w), coded), memory=4 * packed[0].numel() + N * K * element)
+
     def exact() -> Any:
         if not trains:
             return reference.forward(x, packed[0], codebook, 8)
@@ -66,6 +76,7 @@ def _case(m: int, dim: int, dtype: torch.dtype, trains: bool, device: torch.devi
         OP.choose(x).by(_way(x, packed[0], codebook)), size + (m * K + m * N) * element, 2 * m * N * K * (3 if trains else 1),
         name, exact, 1e-4 if dtype == torch.float32 else 2e-2,
         {"eff": size, "decode + linear": size + N * K * element, f"dense {name} linear": N * K * element},
+        libraries={} if trains else {"torchao codebook": Library("torchao", torchao)},
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from eff_kernels.checks import INTEGERS, check_choice, check_contiguous, check_dtype, check_readable, check_shape
 from eff_kernels.packing import check_codes, pack_bits, unpack_rows
 
 CODE_BITS = (4, 8, 16)
@@ -17,8 +18,9 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
         TypeError: the codes are no integers.
         ValueError: the codes are no matrix or do not fill whole bytes, a code does not fit, or bits is none of 4, 8, 16.
     """
-    if bits not in CODE_BITS:
-        raise ValueError(f"pack_codes: bits is {bits}, expected one of 4, 8, 16")
+    check_choice("pack_codes", "bits", bits, CODE_BITS)
+    check_dtype("pack_codes", "codes", codes, (*INTEGERS, torch.bool))
+    check_readable("pack_codes", "codes", codes)
     if codes.ndim != 2 or codes.shape[1] * bits % 8:
         raise ValueError(f"pack_codes: codes has shape {tuple(codes.shape)}, expected (N, J), J even for 4 bits")
     if bits == 16:
@@ -29,7 +31,18 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_codes(packed: Tensor, bits: int) -> Tensor:
-    """Return the codes (N, J), int32, of what `pack_codes` made."""
+    """Return the codes (N, J), int32, of what `pack_codes` made.
+
+    Raises:
+        TypeError: the rows are not uint8.
+        ValueError: the rows are no matrix, not contiguous, or no whole codes, or bits is none of 4, 8, 16.
+    """
+    check_choice("unpack_codes", "bits", bits, CODE_BITS)
+    check_dtype("unpack_codes", "packed", packed, (torch.uint8,))
+    check_shape("unpack_codes", "packed", packed, ("N", "bytes"))
+    check_contiguous("unpack_codes", "packed", packed)
+    if packed.shape[1] * 8 % bits:
+        raise ValueError(f"unpack_codes: packed has {packed.shape[1]} bytes a row, expected a multiple of 2")
     if bits == 16:
         return packed.view(torch.int16).int() & 0xFFFF
     return unpack_rows(packed, bits).int()

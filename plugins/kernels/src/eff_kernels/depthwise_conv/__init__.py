@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from eff_kernels.checks import FLOATS, check_choice, check_device, check_dtype, check_integer, check_range, check_shape
+from eff_kernels.checks import FLOATS, check_choice, check_count, check_device, check_dtype, check_shape
 from eff_kernels.depthwise_conv import library
 
 __all__ = ["depthwise_conv"]
@@ -54,8 +54,7 @@ def depthwise_conv(
     check_shape(op, "weight", weight, (x.shape[1], 1, weight.shape[2], weight.shape[2]))
     check_device(op, "weight", weight, "x", x)
     for name, value in (("stride", stride), ("dilation", dilation)):
-        check_integer(op, name, value)
-        check_range(op, name, value, 1, float("inf"))
+        check_count(op, name, value, 1, 2**31 - 1)
     if bias is not None:
         check_dtype(op, "bias", bias, FLOATS)
         check_shape(op, "bias", bias, (x.shape[1],))

@@ -11,7 +11,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eff_kernels.checks import FLOATS, check_device, check_dtype, check_integer, check_shape, check_values
+from eff_kernels.checks import (
+    FLOATS,
+    check_device,
+    check_dtype,
+    check_finite,
+    check_integer,
+    check_number,
+    check_shape,
+    check_values,
+)
 from eff_kernels.fake_quant import library
 
 __all__ = ["fake_quant"]
@@ -48,19 +57,21 @@ def fake_quant(
             float64 `x`).
         q_min: smallest level.
         q_max: largest level, above `q_min`.
-        offset: the LSQ+ offset, floating point, same shape as `scale`, in the unit of `x`; None is 0.
+        offset: the LSQ+ offset, floating point, finite (as for `scale`), same shape as `scale`, in the unit of `x`; None
+            is 0.
         axis: dimension of `x` that has a scale per index; None is one scale for the tensor.
         group_size: one scale for so many consecutive elements of the last dimension, in the place of `axis`; `scale` then
             has shape (*x.shape[:-1], x.shape[-1] // group_size).
-        grad_scale: factor on the gradients of scale and offset (LSQ's g).
+        grad_scale: factor on the gradients of scale and offset (LSQ's g), finite.
 
     Returns:
         Tensor like `x`. NaN in `x` stays NaN, gets gradient 0 and makes the scale's gradient NaN.
 
     Raises:
-        TypeError: `x`, `scale` or `offset` is not floating point, or a level, the axis or the group size no integer.
+        TypeError: `x`, `scale` or `offset` is not floating point, a level, the axis or the group size no integer, or
+            `grad_scale` no number.
         ValueError: the range is empty or beyond +-2^22, the axis does not exist, groups do not divide the last dimension, a
-            shape or device does not fit, or a scale is not above 0 and finite.
+            shape or device does not fit, a scale is not above 0 and finite, or an offset or `grad_scale` not finite.
     """
     op = "fake_quant"
     check_dtype(op, "x", x, FLOATS)
@@ -84,10 +95,11 @@ def fake_quant(
             )
     wanted = _scale_shape(x, axis, group_size)
     for name, value in (("scale", scale), ("offset", offset)):
-        if value is not None:
+        if name == "scale" or value is not None:
             check_dtype(op, name, value, FLOATS)
             check_shape(op, name, value, wanted)
             check_device(op, name, value, "x", x)
+    check_number(op, "grad_scale", grad_scale)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     scale = scale.to(wide)
     check_values(op, "scale", scale, _LEAST, _MOST, "above 0 and finite")
@@ -96,6 +108,8 @@ def fake_quant(
         x, scale, dim = x.reshape(-1, group_size), scale.reshape(-1), 0
         offset = None if offset is None else offset.reshape(-1)
     beta = None if offset is None else offset.to(wide)
+    if beta is not None:
+        check_finite(op, "offset", beta)
     y = library.run(x, scale, beta, q_min, q_max, dim, grad_scale)
     return y if group_size is None else y.view(shape)
 

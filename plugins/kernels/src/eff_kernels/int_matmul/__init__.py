@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from eff_kernels.checks import (
+    FLOATS,
     check_choice,
     check_contiguous,
     check_device,
     check_dtype,
     check_integer,
+    check_no_gradient,
     check_not_empty,
+    check_readable,
     check_shape,
     check_values,
 )
@@ -36,8 +39,13 @@ def longest_sum(dtype: torch.dtype) -> int:
     """Return the largest K for activations of `dtype`: sums stay within 2^30.
 
     That leaves room for any 32-bit bias, and for the multiplier in 64 bits.
+
+    Raises:
+        TypeError: `dtype` is neither int8 nor uint8.
     """
-    largest = {torch.int8: 128, torch.uint8: 255}[dtype]
+    if dtype not in (torch.int8, torch.uint8):
+        raise TypeError(f"longest_sum: dtype is {dtype!r}, expected torch.int8 or torch.uint8")
+    largest = 128 if dtype == torch.int8 else 255
     return int(2**30 // (largest * 128))
 
 
@@ -78,7 +86,7 @@ def int_matmul(
     op = "int_matmul"
     _check_operands(op, x, weight)
     for name, value in (("multiplier", multiplier), ("shift", shift), ("bias", bias)):
-        if value is not None:
+        if name != "bias" or value is not None:
             check_dtype(op, name, value, (torch.int32,))
             check_shape(op, name, value, (weight.shape[0],))
             check_device(op, name, value, "x", x)
@@ -102,7 +110,7 @@ def scaled_int_matmul(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
     Args:
         x: activations, shape (..., K), int8 or uint8, zero point 0.
         weight: shape (N, K), int8, contiguous.
-        scale: scale of x times scale of the weight, shape (N,), float32.
+        scale: scale of x times scale of the weight, shape (N,), float32. NaN in it or in the bias reaches its column.
         bias: shape (N,), float32.
 
     Returns:
@@ -110,15 +118,16 @@ def scaled_int_matmul(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
 
     Raises:
         TypeError: a dtype is not as stated.
-        ValueError: a shape, device or layout does not fit, K is above `longest_sum`.
+        ValueError: a shape, device or layout does not fit, K is above `longest_sum`, `scale` or `bias` asks for a gradient.
     """
     op = "scaled_int_matmul"
     _check_operands(op, x, weight)
     for name, value in (("scale", scale), ("bias", bias)):
-        if value is not None:
+        if name == "scale" or value is not None:
             check_dtype(op, name, value, (torch.float32,))
             check_shape(op, name, value, (weight.shape[0],))
             check_device(op, name, value, "x", x)
+            check_no_gradient(op, name, value, "which this product does not give")
     y = library.run_scaled(x.reshape(-1, weight.shape[1]), weight, scale, bias)
     return y.view(*x.shape[:-1], weight.shape[0])
 
@@ -155,8 +164,8 @@ def dyadic(ratio: Tensor) -> tuple[Tensor, Tensor]:
         TypeError: `ratio` is not floating point.
         ValueError: a ratio is not finite, not positive, or too small or too large to be written so.
     """
-    if not ratio.is_floating_point():
-        raise TypeError(f"dyadic: ratio is {str(ratio.dtype).removeprefix('torch.')}, expected a floating-point tensor")
+    check_dtype("dyadic", "ratio", ratio, FLOATS)
+    check_readable("dyadic", "ratio", ratio)
     wide = ratio.double()
     bad = ~((wide >= 2.0**-63) & (wide < LARGEST_RATIO))  # also where it is NaN
     if bad.any():

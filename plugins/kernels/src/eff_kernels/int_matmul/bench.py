@@ -1,4 +1,4 @@
-"""int_matmul and scaled_int_matmul beside torch's 8-bit product, alone and with what follows it in eager."""
+"""int_matmul and scaled_int_matmul beside torch's 8-bit product, alone and with what follows it in eager, and torchao's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eff_kernels.bench import Case, buffers
+from eff_kernels.bench import Case, Library, Made, buffers
 from eff_kernels.int_matmul import dyadic, int_matmul, reference, scaled_int_matmul
 from eff_kernels.int_matmul.library import OP
 
@@ -82,10 +82,17 @@ def _scaled_case(m: int, n: int, k: int, device: torch.device, generator: torch.
     def calls(function: Callable[[Tensor, Tensor], Tensor]) -> list[Callable[[], Any]]:
         return [lambda x=x, w=w: function(x, w) for x, w in inputs]  # type: ignore[misc]
 
+    def torchao() -> Made:  # what its Int8Tensor does once x is quantized; 1 is the scale of x, ours is in `scale`
+        from torchao.kernel import int_scaled_matmul
+
+        ones = torch.ones(m, 1, device=device)
+        return Made(calls(lambda x, w: int_scaled_matmul(x, w.t(), ones) * scale + bias))
+
     x, w = inputs[0]
     return Case(
         f"({m}, {k}) x ({n}, {k}), int8, scaled to float32", calls(ours),
         {"dequantize + linear": calls(dequantized), "_int_mm + scale": calls(eager)},
         OP.choose(x).by("8-bit product, scaled in place" if device.type == "cpu" else "scaled in the kernel"),
         m * k + n * k + 4 * m * n, 2 * m * n * k, "int8", lambda: reference.scaled(x, w, scale, bias), 1e-6,
+        libraries={"torchao int8": Library("torchao", torchao)},
     )  # fmt: skip

@@ -20,8 +20,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from eff_kernels.checks import FLOATS, check_choice, check_device, check_dtype, check_not_empty, check_shape
+from eff_kernels.checks import (
+    FLOATS,
+    check_choice,
+    check_device,
+    check_dtype,
+    check_finite,
+    check_flag,
+    check_not_empty,
+    check_number,
+    check_readable,
+    check_shape,
+)
 from eff_kernels.dispatch import requested
+from eff_kernels.kv_quant import cache as storage
 from eff_kernels.kv_quant import library
 from eff_kernels.kv_quant.cache import (
     SCHEMES,
@@ -31,7 +43,6 @@ from eff_kernels.kv_quant.cache import (
     channel_factor,
     make_part,
     positions,
-    quantize,
 )
 from eff_kernels.kv_quant.reference import attend_float, finite
 
@@ -64,6 +75,8 @@ def kv_quantize(keys: Tensor, values: Tensor, salient: Tensor, bits: tuple[int, 
         TypeError, ValueError: a dtype, shape, width or position does not fit; NaN or infinity in keys or values.
     """
     op = "kv_quantize"
+    if not isinstance(bits, (tuple, list)) or len(bits) != 2:
+        raise TypeError(f"{op}: bits is {bits!r}, expected two widths")
     _check(op, keys, values, bits)
     check_dtype(op, "salient", salient, (torch.int64,))
     check_shape(op, "salient", salient, (*keys.shape[:2], "n"))
@@ -98,10 +111,15 @@ def kv_quantize_parts(
         TypeError, ValueError: a dtype, shape or width does not fit, parts overlap, NaN or infinity in keys or values.
     """
     requested()
-    op = "kv_quantize"
+    op = "kv_quantize_parts"
+    if not isinstance(parts, (tuple, list)):
+        raise TypeError(f"{op}: parts is {type(parts).__name__}, expected a sequence")
+    for index, part in enumerate(parts):
+        if not isinstance(part, (tuple, list)) or len(part) != 3:
+            raise TypeError(f"{op}: parts[{index}] is {part!r}, expected tokens, width of keys, width of values")
     _check(op, keys, values, [width for _, *widths in parts for width in widths])
-    for scheme in (key_scheme, value_scheme):
-        check_choice(op, "scheme", scheme, SCHEMES)
+    for name, scheme in (("key_scheme", key_scheme), ("value_scheme", value_scheme)):
+        check_choice(op, name, scheme, SCHEMES)
     covered = torch.zeros(keys.shape[:3], dtype=torch.int64, device=keys.device)
     counts = []
     for mask, _, _ in parts:
@@ -141,6 +159,7 @@ def _check(op: str, keys: Tensor, values: Tensor, widths: Sequence[int]) -> None
     check_shape(op, "values", values, tuple(keys.shape))
     check_not_empty(op, "keys", keys)
     check_device(op, "values", values, "keys", keys)
+    check_readable(op, "keys", keys)
     dim = keys.shape[3]
     if dim % 4:
         raise ValueError(f"{op}: keys have {dim} channels, expected a multiple of 4, so that codes fill bytes")
@@ -152,8 +171,13 @@ def _check(op: str, keys: Tensor, values: Tensor, widths: Sequence[int]) -> None
 
 
 def kv_dequantize(cache: QuantizedKV) -> tuple[Tensor, Tensor]:
-    """Return keys and values (batch, heads, length, dim) in their order and dtype; 0 for what is not stored."""
+    """Return keys and values (batch, heads, length, dim) in their order and dtype; 0 for what is not stored.
+
+    Raises:
+        TypeError: `cache` is not what `kv_quantize` makes.
+    """
     requested()
+    _check_cache("kv_dequantize", "cache", cache)
     shape = cache.shape
     device = cache.parts[0].member.device
     keys, values = (torch.zeros(shape, dtype=cache.dtype, device=device) for _ in range(2))
@@ -183,18 +207,18 @@ def kv_attention(
         query: (batch, query heads, queries, dim), query heads a multiple of the cache's (grouped queries: head h reads
             h // (query heads / heads)). All see all tokens of the cache.
         cache: what `kv_quantize` made, or several that follow one another.
-        recent: keys and values (batch, heads, tokens, dim) that are not quantized yet.
-        scale: of the scores; None: 1 / sqrt(dim).
+        recent: keys and values (batch, heads, tokens, dim) that are not quantized yet, of a dtype that `query` may have.
+        scale: of the scores, finite; None: 1 / sqrt(dim).
         visible: which recent tokens a query sees, (batch, queries, tokens) bool; None: all.
 
     Returns:
-        Like `query`; 0 for a query that sees nothing.
+        Like `query`; 0 for a query that sees nothing. NaN in it or in what is recent reaches the results that read it.
 
     Raises:
-        TypeError, ValueError: a dtype, shape or device does not fit.
+        TypeError, ValueError: a dtype, shape or device does not fit, there is no cache, or `visible` without `recent`.
     """
     op = "kv_attention"
-    caches = [cache] if isinstance(cache, QuantizedKV) else list(cache)
+    caches = _checked_caches(op, cache)
     batch, heads, _, dim = caches[0].shape
     check_dtype(op, "query", query, FLOATS[:3])
     check_shape(op, "query", query, (batch, "query heads", "queries", dim))
@@ -202,18 +226,93 @@ def kv_attention(
     check_device(op, "query", query, "cache", caches[0].parts[0].member)
     if query.shape[1] % heads:
         raise ValueError(f"{op}: query has {query.shape[1]} heads, expected a multiple of the cache's {heads}")
-    scaled = query.float() * (dim**-0.5 if scale is None else scale)
+    if scale is not None:
+        check_number(op, "scale", scale)
+    _check_recent(op, query, caches[0], recent, visible)
+    scaled = query.float() * (dim**-0.5 if scale is None else float(scale))
     grouped = scaled.reshape(batch, heads, -1, dim)  # queries of all heads that read the same keys
     found = [_attend(grouped, item, part) for item in caches for part in item.parts]
-    if recent is not None:
-        for name, x in zip(("recent keys", "recent values"), recent, strict=True):
-            check_shape(op, name, x, (batch, heads, "tokens", dim))
-        if recent[0].shape[2]:
-            if visible is not None:
-                check_shape(op, "visible", visible, (batch, query.shape[2], recent[0].shape[2]))
-                visible = visible.repeat(1, query.shape[1] // heads, 1)[:, None]
-            found.append(attend_float(grouped, recent[0].float(), recent[1].float(), visible))
+    if recent is not None and recent[0].shape[2]:
+        if visible is not None:
+            visible = visible.repeat(1, query.shape[1] // heads, 1)[:, None]
+        found.append(attend_float(grouped, recent[0].float(), recent[1].float(), visible))
     return merge(found).reshape(query.shape).to(query.dtype)
+
+
+def quantize(x: Tensor, bits: int, by_token: bool, present: Tensor | None = None) -> Codes:
+    """Return the codes of x (batch, heads, n, dim): q = round((x - min) / s), s = (max - min) / (2^bits - 1).
+
+    Where all values are equal s is 1.
+
+    Args:
+        x: float16, bfloat16 or float32, finite (looked at on the CPU only), not empty; dim * bits a multiple of 8.
+        bits: 2, 4 or 8.
+        by_token: what shares a range: a token, over all heads, else a channel of a head.
+        present: (batch, n) bool; the other tokens have no part in minimum and maximum, and their codes mean nothing.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, device, width or value does not fit.
+    """
+    op = "quantize"
+    check_choice(op, "bits", bits, _BITS)
+    check_dtype(op, "x", x, FLOATS[:3])
+    check_shape(op, "x", x, ("batch", "heads", "n", "dim"))
+    check_not_empty(op, "x", x)
+    if x.shape[3] * bits % 8:
+        raise ValueError(
+            f"{op}: x has {x.shape[3]} channels, expected a multiple of {8 // bits}, so that codes fill bytes"
+        )
+    check_flag(op, "by_token", by_token)
+    if present is not None:
+        check_dtype(op, "present", present, (torch.bool,))
+        check_shape(op, "present", present, (x.shape[0], x.shape[2]))
+        check_device(op, "present", present, "x", x)
+    check_finite(op, "x", x)
+    return storage.quantize(x, bits, by_token, present)
+
+
+def _check_cache(op: str, name: str, cache: object) -> None:
+    if not isinstance(cache, QuantizedKV):
+        raise TypeError(f"{op}: {name} is {type(cache).__name__}, expected what kv_quantize returns")
+
+
+def _checked_caches(op: str, cache: QuantizedKV | Sequence[QuantizedKV]) -> list[QuantizedKV]:
+    """Return the caches in their order; they have one batch, heads, channels and device."""
+    caches = list(cache) if isinstance(cache, (list, tuple)) else [cache]
+    if not caches:
+        raise ValueError(f"{op}: cache is an empty sequence, expected at least one cache")
+    for index, one in enumerate(caches):
+        _check_cache(op, f"cache[{index}]" if isinstance(cache, (list, tuple)) else "cache", one)
+        batch, heads, _, dim = one.shape
+        first = caches[0].shape
+        if (batch, heads, dim) != (first[0], first[1], first[3]):
+            raise ValueError(
+                f"{op}: cache[{index}] has shape {one.shape}, expected ({first[0]}, {first[1]}, length, {first[3]})"
+            )
+        check_device(op, f"cache[{index}]", one.parts[0].member, "cache[0]", caches[0].parts[0].member)
+    return caches
+
+
+def _check_recent(
+    op: str, query: Tensor, cache: QuantizedKV, recent: tuple[Tensor, Tensor] | None, visible: Tensor | None
+) -> None:
+    """Raise where what is not quantized yet does not fit the query and the cache."""
+    if recent is None:
+        if visible is not None:
+            raise ValueError(f"{op}: visible is given without recent, which it is the mask of; expected both")
+        return
+    if not isinstance(recent, (tuple, list)) or len(recent) != 2:
+        raise TypeError(f"{op}: recent is {type(recent).__name__}, expected the pair of keys and values")
+    batch, heads, _, dim = cache.shape
+    for name, x in zip(("recent keys", "recent values"), recent, strict=True):
+        check_dtype(op, name, x, FLOATS[:3])
+        check_shape(op, name, x, (batch, heads, "tokens", dim))
+        check_device(op, name, x, "query", query)
+    check_shape(op, "recent values", recent[1], tuple(recent[0].shape))
+    if visible is not None:
+        check_dtype(op, "visible", visible, (torch.bool,))
+        check_shape(op, "visible", visible, (batch, query.shape[2], recent[0].shape[2]))
+        check_device(op, "visible", visible, "query", query)
 
 
 def _attend(query: Tensor, cache: QuantizedKV, part: Part) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,14 +1,16 @@
-"""One decoding step over a quantized cache, beside the float cache and beside dequantizing first."""
+"""One decoding step over a quantized cache, beside the float cache, dequantizing first, and transformers' caches."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from eff_kernels.bench import Case
+from eff_kernels.bench import Case, Library, Made
 from eff_kernels.kv_quant import QuantizedKV, kv_attention, kv_dequantize, kv_quantize
 from eff_kernels.kv_quant.library import OP
 
@@ -33,6 +35,26 @@ def cases(device: torch.device) -> Iterator[Case]:
     def attend(keys: Tensor, values: Tensor) -> Tensor:
         return scaled_dot_product_attention(query, keys, values, enable_gqa=True)
 
+    def step(layer: Any, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what a layer of transformers attends to with the newest token; the layer stays as it is."""
+        found: tuple[Tensor, Tensor] = copy.copy(layer).update(keys[:, :, -1:], values[:, :, -1:])
+        return found
+
+    def transformers(backend: str, **options: int) -> Made:  # its default is 4 bits by groups of 64
+        from transformers import cache_utils
+
+        pairs = []
+        for keys, values, _ in caches[:2]:  # what it dequantizes is beyond the caches of the processor in any case
+            layer = getattr(cache_utils, f"{backend}QuantizedLayer")(**options)
+            layer.update(keys[:, :, :-1], values[:, :, :-1])
+            pairs.append((layer, keys, values))
+
+        def exact() -> Tensor:
+            keys, values = (x.double().repeat_interleave(4, 1) for x in step(*pairs[0]))
+            return torch.softmax(query.double() @ keys.mT / dim**0.5, -1) @ values
+
+        return Made([lambda pair=pair: attend(*step(*pair)) for pair in pairs], exact)  # type: ignore[misc]
+
     float_bytes = 2 * caches[0][0].numel() * dtype.itemsize
     yield Case(
         f"1 query, {length} tokens, {heads} heads, 4/2 bits",
@@ -46,4 +68,8 @@ def cases(device: torch.device) -> Iterator[Case]:
         reference=lambda: attend(*kv_dequantize(caches[0][2])),
         tolerance=1e-3 if dtype == torch.float32 else 2e-2,
         memory={"eff": caches[0][2].nbytes, "float cache": float_bytes, "dequantize + attention": float_bytes},
+        libraries={
+            "transformers + quanto, 4 bits": Library("optimum", lambda: transformers("Quanto")),
+            "transformers + HQQ, 4 bits": Library("hqq", lambda: transformers("HQQ", axis_key=1, axis_value=1)),
+        },
     )  # fmt: skip

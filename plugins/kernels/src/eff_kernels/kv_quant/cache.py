@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from eff_kernels.checks import check_device, check_dtype, check_shape, check_values
+
 SCHEMES = ("channel", "token", "channel_separable")
 """What shares a range: a channel of a head; a token, over all heads; a token whose channels were first divided by c."""
 
@@ -108,7 +110,16 @@ class QuantizedKV:
         return batch, heads, self.length, width * 8 // keys.bits
 
     def select(self, sequences: Tensor) -> QuantizedKV:
-        """Return the cache of these sequences of the batch, (k,) int64, e.g. of the beams that go on."""
+        """Return the cache of these sequences of the batch, (k,) int64 or int32, e.g. of the beams that go on.
+
+        Raises:
+            TypeError, ValueError: no vector of integers on the device of the cache, or a sequence that is not there (CPU).
+        """
+        op, held = "QuantizedKV.select", self.parts[0].member
+        check_dtype(op, "sequences", sequences, (torch.int64, torch.int32))
+        check_shape(op, "sequences", sequences, ("k",))
+        check_device(op, "sequences", sequences, "cache", held)
+        check_values(op, "sequences", sequences, 0, len(held) - 1, f"0 to {len(held) - 1}")
         parts = tuple(
             Part(
                 part.keys.select(sequences), part.values.select(sequences), part.member.index_select(0, sequences),

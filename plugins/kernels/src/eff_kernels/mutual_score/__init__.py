@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from eff_kernels.checks import FLOATS, check_dtype, check_not_empty, check_range, check_shape
+from eff_kernels.checks import FLOATS, check_dtype, check_not_empty, check_number, check_range, check_shape
 from eff_kernels.mutual_score import library
 from eff_kernels.mutual_score.reference import wide_dtype
 
@@ -52,7 +52,7 @@ def _check(op: str, z: Tensor) -> None:
 
 def _distances(op: str, z: Tensor) -> Tensor:
     """Return the distances; where squares would leave float32 they are taken of features scaled by a power of two."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or z.is_meta:
         found: Tensor = library.mutual_distances_op(z)
         return found
     low, high = torch.aminmax(z.detach())
@@ -82,6 +82,8 @@ def mutual_score(z: Tensor, low: float = 0.0, high: float = 0.3) -> Tensor:
     """
     _check("mutual_score", z)
     others = len(z) - 1
+    for name, value in (("low", low), ("high", high)):
+        check_number("mutual_score", name, value)
     if not 0 <= low < high:
         raise ValueError(f"mutual_score: low and high are {low} and {high}, expected 0 <= low < high")
     last = min(others, max(1, int(high if high >= 1 else high * others)))

@@ -10,7 +10,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from eff_kernels.checks import FLOATS, check_device, check_dtype, check_not_empty, check_range, check_shape
+from eff_kernels.checks import (
+    FLOATS,
+    check_count,
+    check_device,
+    check_dtype,
+    check_finite,
+    check_not_empty,
+    check_shape,
+)
 from eff_kernels.nearest_code import library
 from eff_kernels.nearest_code.reference import BLOCK, wide_dtype
 
@@ -21,7 +29,8 @@ def nearest_code(x: Tensor, codebook: Tensor, block: int = BLOCK, columns: int =
     """Return the index of the nearest entry of each vector. No backward.
 
     From |c|^2 - 2 x c about the mean of the codebook, accumulated in float32 (float64 for float64): of entries whose squared
-    distances differ by less than about 1e-6 of the squared norms about that mean, either may be found. NaN gives any index.
+    distances differ by less than about 1e-6 of the squared norms about that mean, either may be found. NaN and infinity, which
+    would give any index, are refused on the CPU (elsewhere and under torch.compile nobody looks).
 
     Args:
         x: vectors (T, d), float16, bfloat16, float32 or float64.
@@ -33,8 +42,8 @@ def nearest_code(x: Tensor, codebook: Tensor, block: int = BLOCK, columns: int =
         (T,), int64.
 
     Raises:
-        TypeError: no floating point, or two dtypes.
-        ValueError: shapes do not fit, the codebook is empty, or a size is out of range.
+        TypeError: no floating point, or two dtypes, or a size that is no integer.
+        ValueError: shapes do not fit, the codebook is empty, a size is out of range, or NaN or infinity (CPU).
     """
     check_dtype("nearest_code", "x", x, FLOATS)
     check_dtype("nearest_code", "codebook", codebook, (x.dtype,))
@@ -42,8 +51,10 @@ def nearest_code(x: Tensor, codebook: Tensor, block: int = BLOCK, columns: int =
     check_shape("nearest_code", "codebook", codebook, ("entries", x.shape[1]))
     check_not_empty("nearest_code", "codebook", codebook)
     check_device("nearest_code", "codebook", codebook, "x", x)
-    check_range("nearest_code", "block", block, 1, 2**31)
-    check_range("nearest_code", "columns", columns, 0, 2**31)
+    check_count("nearest_code", "block", block, 1, 2**31)
+    check_count("nearest_code", "columns", columns, 0, 2**31)
+    check_finite("nearest_code", "x", x)
+    check_finite("nearest_code", "codebook", codebook)
     result: Tensor = library.nearest_code_op(x, codebook, block, columns)
     return result
 

@@ -14,7 +14,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from eff_kernels.checks import FLOATS, check_device, check_dtype, check_shape, check_values
+from eff_kernels.checks import (
+    FLOATS,
+    check_device,
+    check_distinct,
+    check_dtype,
+    check_number,
+    check_shape,
+    check_values,
+)
 from eff_kernels.partial_linear import library
 
 __all__ = ["partial_linear"]
@@ -37,18 +45,18 @@ def partial_linear(
         weight: W (out, in), which already holds `scale * p` in the columns `index`; gets no gradient. Of another dtype
             (under autocast) it is converted for the product and kept as it is.
         p: what is trained (out, r), any floating dtype; its gradient has it too.
-        index: the columns, (r,) int64, each in [0, in). Looked at on the CPU only (on a GPU others give NaN gradients);
-            under torch.compile one that is out of range is torch's error.
+        index: the columns, (r,) int64, each in [0, in), none twice (a column has one p). Looked at on the CPU only (on a
+            GPU those out of range give NaN gradients); under torch.compile one that is out of range is torch's error.
         bias: (out,), any floating dtype.
-        scale: s.
+        scale: s, finite.
         again: returns W anew in the backward pass, where it is too large to be kept (a quantized base).
 
     Returns:
         (..., out).
 
     Raises:
-        TypeError: a wrong dtype.
-        ValueError: a shape, device or index does not fit.
+        TypeError: a wrong dtype, `scale` no number, `again` no function.
+        ValueError: a shape, device or index does not fit, or `scale` is not finite.
     """
     op = "partial_linear"
     check_dtype(op, "x", x, FLOATS)
@@ -70,4 +78,8 @@ def partial_linear(
         check_device(op, name, other, "x", x)
     last = x.shape[-1] - 1
     check_values(op, "index", index, 0, last, f"0 to {last}")
+    check_distinct(op, "index", index)
+    check_number(op, "scale", scale)
+    if again is not None and not callable(again):
+        raise TypeError(f"{op}: again is {type(again).__name__}, expected a function that returns the weight")
     return library.run(x, weight, p, index, bias, scale, again)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eff_kernels.bench import Case, buffers
+from eff_kernels.bench import Case, Library, Made, buffers
 from eff_kernels.partial_linear import partial_linear
 from eff_kernels.partial_linear.library import OP
 
@@ -46,8 +46,6 @@ def cases(device: torch.device) -> Iterator[Case]:
     ways: dict[str, tuple[Callable[[Tensor], Tensor], list[Tensor]]] = {
         "eff": (ours, [p]), "LoRA": (lora, [down, up]), "full weight": (whole, [full]),
     }  # fmt: skip
-    if (layer := peft_layer(weight)) is not None:
-        ways["LoRA (peft)"] = (layer, [value for value in layer.parameters() if value.requires_grad])
 
     def step(function: Callable[[Tensor], Tensor], trained: list[Tensor]) -> list[Callable[[], Any]]:
         return [lambda x=x: torch.autograd.grad(function(x), (x, *trained), dy) for x in inputs]  # type: ignore[misc]
@@ -55,6 +53,15 @@ def cases(device: torch.device) -> Iterator[Case]:
     def reference() -> tuple[Tensor, Tensor]:
         dx, dw = torch.autograd.grad(whole(inputs[0]), (inputs[0], full), dy)
         return dx, dw[:, index]
+
+    def peft() -> Made:
+        layer = peft_layer(weight)
+        a, b = (value for value in layer.parameters() if value.requires_grad)
+
+        def plain(x: Tensor) -> Tensor:
+            return F.linear(x, weight) + F.linear(F.linear(x, a), b)
+
+        return Made(step(layer, [a, b]), step(plain, [a, b])[0], kept_bytes(lambda: layer(inputs[0]), weight, a, b))
 
     calls = {name: step(function, trained) for name, (function, trained) in ways.items()}
     yield Case(
@@ -70,6 +77,7 @@ def cases(device: torch.device) -> Iterator[Case]:
             name: kept_bytes(lambda function=function: function(inputs[0]), weight, *trained)  # type: ignore[misc]
             for name, (function, trained) in ways.items()
         },
+        libraries={"LoRA (peft)": Library("peft", peft)},
     )
 
 
@@ -89,13 +97,11 @@ def kept_bytes(function: Callable[[], Any], *without: Tensor) -> int:
     return sum(kept.values())
 
 
-def peft_layer(weight: Tensor) -> nn.Module | None:
-    """Return the LoRA layer of the peft library on this weight; None where it is not installed."""
-    try:
-        from peft import LoraConfig
-        from peft.tuners.lora import Linear
-    except ImportError:
-        return None
+def peft_layer(weight: Tensor) -> nn.Module:
+    """Return the LoRA layer of the peft library on this weight."""
+    from peft import LoraConfig
+    from peft.tuners.lora import Linear
+
     base = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device, dtype=weight.dtype)
     base.weight = nn.Parameter(weight, requires_grad=False)
     settings = {"r": RANK, "lora_alpha": RANK, "lora_dropout": 0.0}

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from eff_kernels.checks import FLOATS, check_device, check_dtype, check_integer, check_shape
+from eff_kernels.checks import FLOATS, check_count, check_device, check_dtype, check_finite, check_flag, check_shape
 from eff_kernels.rotate_keys import library
 
 __all__ = ["rotate_keys"]
@@ -43,7 +43,8 @@ def rotate_keys(
         offsets: d of each segment, negative to the left: a number, (segments,), or (batch, segments); integers, a tensor
             on the device of the keys.
         inv_freq: theta, (R / 2,) with R <= dim even, as the model has it: with linear or frequency-wise scaling, without
-            attention factors. Channels from R on stay as they are (partial rotary).
+            attention factors; finite (looked at on the CPU only, and not under torch.compile). Channels from R on stay as
+            they are (partial rotary).
         lengths: tokens of each segment, in order; together `length`. None: one segment.
         interleaved: pairs (2u, 2u + 1) (GPT-J) instead of (u, u + R / 2) (LLaMA).
 
@@ -51,8 +52,8 @@ def rotate_keys(
         Like `keys`, contiguous.
 
     Raises:
-        TypeError: a wrong dtype, or a length that is no integer.
-        ValueError: a shape or device does not fit, lengths do not add up, or inv_freq is not finite.
+        TypeError: a wrong dtype, or an offset or length that is no integer.
+        ValueError: a shape or device does not fit, lengths do not add up, or inv_freq is not finite (CPU).
     """
     op = "rotate_keys"
     check_dtype(op, "keys", keys, FLOATS)
@@ -65,20 +66,25 @@ def rotate_keys(
     check_device(op, "inv_freq", inv_freq, "keys", keys)
     if isinstance(offsets, Tensor):
         check_device(op, "offsets", offsets, "keys", keys)
-    moved = torch.as_tensor(offsets, device=keys.device)
+    try:
+        moved = torch.as_tensor(offsets, device=keys.device)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError(f"{op}: offsets is {offsets!r}, expected 64-bit integers") from error
     check_dtype(op, "offsets", moved, _INTEGERS)
+    if lengths is not None and not isinstance(lengths, Sequence):
+        raise TypeError(f"{op}: lengths is {lengths!r}, expected a sequence of counts")
     segments = [length] if lengths is None else list(lengths)
     for index, count in enumerate(segments if lengths is not None else ()):
-        check_integer(op, f"lengths[{index}]", count)
-    if sum(segments) != length or min(segments, default=0) < 0:
+        check_count(op, f"lengths[{index}]", count, 0)
+    if sum(segments) != length:
         raise ValueError(f"{op}: lengths are {segments}, expected counts that add up to {length}")
     moved = moved.expand(len(segments)) if moved.ndim == 0 else moved
     if moved.shape not in ((len(segments),), (batch, len(segments))):
         raise ValueError(
             f"{op}: offsets has shape {tuple(moved.shape)}, expected ({len(segments)},) or ({batch}, {len(segments)})"
         )
-    if not torch.compiler.is_compiling() and not bool(torch.isfinite(inv_freq).all()):
-        raise ValueError(f"{op}: inv_freq holds NaN or infinity, expected finite frequencies")
+    check_finite(op, "inv_freq", inv_freq)
+    check_flag(op, "interleaved", interleaved)
     # float64: a position of 10^5 times a frequency of 1 leaves float32 an error of 0.004 in the angle.
     angle = moved.view(-1, len(segments), 1).double() * inv_freq.double()
     wide = torch.float64 if keys.dtype == torch.float64 else torch.float32

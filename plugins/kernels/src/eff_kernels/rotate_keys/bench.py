@@ -1,4 +1,4 @@
-"""rotate_keys beside the eager rotation that transformers' models have."""
+"""rotate_keys beside the eager rotation that transformers' models have, and Liger's kernel."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eff_kernels.bench import Case, buffers
+from eff_kernels.bench import Case, Library, Made, buffers
 from eff_kernels.rotate_keys import rotate_keys
 from eff_kernels.rotate_keys.library import OP
 
@@ -42,6 +42,22 @@ def cases(device: torch.device) -> Iterator[Case]:
         def calls(function: Callable[[Tensor], Tensor], caches: list[Tensor] = caches) -> list[Callable[[], Any]]:
             return [lambda keys=keys: function(keys) for keys in caches]  # type: ignore[misc]
 
+        def liger(
+            caches: list[Tensor] = caches, tables: tuple[Tensor, Tensor] = tables, dtype: torch.dtype = dtype
+        ) -> Made:  # which takes queries and keys: half of the heads each
+            from liger_kernel.transformers.rope import liger_rotary_pos_emb
+
+            cos, sin = (table.to(dtype).expand(1, shape[2], shape[3]).contiguous() for table in tables)
+
+            def rotated(keys: Tensor) -> tuple[Tensor, ...]:
+                found: tuple[Tensor, ...] = liger_rotary_pos_emb(*keys.chunk(2, 1), cos, sin)
+                return found
+
+            return Made(
+                [lambda keys=keys: rotated(keys) for keys in caches],  # type: ignore[misc]
+                lambda: tuple(part.to(dtype) for part in eager(caches[0].double()).chunk(2, 1)),
+            )
+
         name = str(dtype).removeprefix("torch.")
         yield Case(
             f"{' x '.join(map(str, shape))} {name}",
@@ -51,4 +67,5 @@ def cases(device: torch.device) -> Iterator[Case]:
             moved=2 * size,
             reference=lambda keys=caches[0], eager=eager, dtype=dtype: eager(keys.double()).to(dtype),  # type: ignore[misc]
             tolerance=1e-5 if dtype == torch.float32 else 1e-2,
+            libraries={"Liger": Library("liger_kernel", liger)},
         )  # fmt: skip

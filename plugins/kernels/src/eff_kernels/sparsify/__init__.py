@@ -18,11 +18,16 @@ from torch import Tensor
 from eff_kernels.checks import (
     FLOATS,
     check_contiguous,
+    check_count,
     check_device,
     check_dtype,
+    check_flag,
     check_not_empty,
+    check_number,
     check_range,
+    check_readable,
     check_shape,
+    check_writable,
 )
 from eff_kernels.sparsify import library
 from eff_kernels.sparsify.plan import make_plan
@@ -52,7 +57,7 @@ def sparsify(
         ratio: share to keep, in (0, 1].
         sample_ratio: share that is sampled, in [0.01, 1].
         upper, lower: bounds of the adaptation.
-        max_iterations: adaptations at most.
+        max_iterations: adaptations at most, >= 0.
         resample: above `upper`, take the exact largest of those that passed, in the place of a higher threshold.
         generator: draws where the sample starts; None: at the first entry.
 
@@ -62,7 +67,7 @@ def sparsify(
     Raises:
         TypeError, ValueError: a dtype or option is out of range, `v` is empty or holds NaN.
     """
-    _check("sparsify", v, ratio, sample_ratio, upper, lower)
+    _check("sparsify", v, ratio, sample_ratio, upper, lower, max_iterations, resample, generator)
     plan = make_plan(v.numel(), ratio, sample_ratio, generator)
     values, indices = library.sparsify_op(
         v, plan.keep, plan.stride, plan.start, plan.share, upper, lower, max_iterations, resample
@@ -104,10 +109,13 @@ def dgc_step_(
 
     Raises:
         TypeError, ValueError: as `sparsify`, or shapes, dtypes or devices differ, or the gradient holds NaN or infinity;
-            `u` and `v` are as before.
+            `u` and `v` are as before, except where NaN is in them, which is found after the addition.
     """
     op = "dgc_step_"
-    _check(op, v, ratio, sample_ratio, upper, lower)
+    _check(op, v, ratio, sample_ratio, upper, lower, max_iterations, resample, generator)
+    for name, flag in (("nesterov", nesterov), ("masking", masking)):
+        check_flag(op, name, flag)
+    check_number(op, "momentum", momentum)
     if not 0 <= momentum < 1:
         raise ValueError(f"{op}: momentum is {momentum}, expected at least 0 and below 1")
     for name, other in (("gradient", gradient), ("u", u)):
@@ -116,6 +124,7 @@ def dgc_step_(
         check_device(op, name, other, "v", v)
     for name, other in (("u", u), ("v", v)):
         check_contiguous(op, name, other)
+        check_writable(op, name, other)
     library.accumulate_op(gradient, u, v, momentum, nesterov)
     values, indices = sparsify(
         v, ratio, sample_ratio=sample_ratio, upper=upper, lower=lower, max_iterations=max_iterations, resample=resample,
@@ -134,7 +143,9 @@ def dgc_step(
 
     Costs a copy of `u` and `v` more.
     """
-    u, v = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (u, v))
+    for name, tensor in (("u", u), ("v", v)):
+        check_dtype("dgc_step", name, tensor, FLOATS)
+    u, v = (tensor.detach().clone(memory_format=torch.contiguous_format) for tensor in (u, v))
     values, indices = dgc_step_(gradient, u, v, ratio, **options)
     return values, indices, u, v
 
@@ -159,6 +170,10 @@ def densify(values: Tensor, indices: Tensor, shape: tuple[int, ...]) -> Tensor:
     check_shape("densify", "values", values, ("k",))
     check_shape("densify", "indices", indices, (len(values),))
     check_device("densify", "indices", indices, "values", values)
+    if not isinstance(shape, (tuple, list)):
+        raise TypeError(f"densify: shape is {shape!r}, expected a tuple of sizes")
+    for index, size in enumerate(shape):
+        check_count("densify", f"shape[{index}]", size, 0)
     flat = values.new_zeros(torch.Size(shape).numel())
     if values.device.type == "cpu":
         try:
@@ -172,9 +187,19 @@ def densify(values: Tensor, indices: Tensor, shape: tuple[int, ...]) -> Tensor:
     return flat.index_put_((indices,), values, accumulate=True).view(shape)
 
 
-def _check(op: str, v: Tensor, ratio: float, sample_ratio: float, upper: float, lower: float) -> None:
+def _check(
+    op: str, v: Tensor, ratio: float, sample_ratio: float, upper: float, lower: float, max_iterations: int,
+    resample: bool, generator: torch.Generator | None,
+) -> None:  # fmt: skip
     check_dtype(op, "v", v, FLOATS)
     check_not_empty(op, "v", v)
+    check_readable(op, "v", v)
+    for name, value in (("ratio", ratio), ("upper", upper), ("lower", lower)):
+        check_number(op, name, value)
+    check_count(op, "max_iterations", max_iterations, 0, 2**31)
+    check_flag(op, "resample", resample)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"{op}: generator is {type(generator).__name__}, expected a torch.Generator")
     if not 0 < ratio <= 1:
         raise ValueError(f"{op}: ratio is {ratio}, expected above 0 and at most 1")
     check_range(op, "sample_ratio", sample_ratio, 0.01, 1)

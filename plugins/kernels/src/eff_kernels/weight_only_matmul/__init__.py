@@ -18,6 +18,7 @@ from eff_kernels.checks import (
     check_contiguous,
     check_device,
     check_dtype,
+    check_no_gradient,
     check_not_empty,
     check_shape,
 )
@@ -102,7 +103,7 @@ def dequantize(
     packed: Tensor, scale: Tensor, *, bits: int, zero_point: Tensor | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Return the weight (N, K) that `weight_only_matmul` multiplies with; arguments and errors as there."""
-    if dtype not in FLOATS:
+    if not isinstance(dtype, torch.dtype) or dtype not in FLOATS:
         raise TypeError(f"dequantize: dtype is {dtype}, expected a floating-point dtype")
     _check_weight("dequantize", packed, scale, zero_point, bits)
     result: Tensor = library.dequantize_op(packed, scale, zero_point, bits, dtype)
@@ -118,6 +119,7 @@ def _check_weight(op: str, packed: Tensor, scale: Tensor, zero_point: Tensor | N
     check_contiguous(op, "packed", packed)
     if packed.shape[1] % bits:
         raise ValueError(f"{op}: packed has {packed.shape[1]} bytes a row, expected a multiple of {bits}")
+    check_dtype(op, "scale", scale, FLOATS)
     check_shape(op, "scale", scale, (len(packed), "groups"))
     check_not_empty(op, "scale", scale)
     k, groups = packed.shape[1] * 8 // bits, scale.shape[1]
@@ -131,5 +133,4 @@ def _check_weight(op: str, packed: Tensor, scale: Tensor, zero_point: Tensor | N
         check_dtype(op, name, value, FLOATS)
         check_shape(op, name, value, scale.shape)
         check_device(op, name, value, "packed", packed)
-        if torch.is_grad_enabled() and value.requires_grad:
-            raise ValueError(f"{op}: {name} asks for a gradient, which only x gets; expected it detached")
+        check_no_gradient(op, name, value, "which only x gets")
