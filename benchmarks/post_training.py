@@ -12,20 +12,16 @@ benchmarks/results/post-training-WHAT.json with date and machine.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import resource
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-import torch
+from recording import Stopwatch, circumstances, record
 
-from eff.log import TerminalLog
 from eff.runner import apply
 from eff.schemas import MethodUse, Recipe, Report, TrainOptions
-from eff_kernels.bench import device_name
 
 BITS = ((8, 8), (4, 8), (4, 4))
 BIAS_EPOCHS = 10
@@ -96,23 +92,7 @@ def main() -> None:
             report = apply(recipe, Path(folder, "run"), log=log)
         row = summary(report, log.calibration, arguments)
         print(json.dumps({"setting": name, **row}), flush=True)
-        record(arguments.what, name, row)
-
-
-class Stopwatch(TerminalLog):
-    """Takes the time from the first change of the model to the first export."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.started = self.calibration = 0.0
-
-    def info(self, message: str) -> None:
-        """Note the time of the two lines that a run says around its calibration."""
-        if message.startswith("apply "):
-            self.started = time.monotonic()
-        elif message.startswith("export ") and not self.calibration:
-            self.calibration = time.monotonic() - self.started
-        super().info(message)
+        record(f"post-training-{arguments.what}", name, row)
 
 
 def summary(report: Report, seconds: float, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -132,19 +112,8 @@ def summary(report: Report, seconds: float, arguments: argparse.Namespace) -> di
         "iters": arguments.iters,
         "samples": arguments.samples,
         "data": report.data and report.data.rpartition("?")[2],
-        "device": device_name(torch.device("cpu")),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "date": datetime.date.today().isoformat(),
+        **circumstances(),
     }
-
-
-def record(what: str, name: str, row: dict[str, Any]) -> None:
-    """Put a row into the results beside this script; those of other settings stay."""
-    file = Path(__file__).parent / "results" / f"post-training-{what}.json"
-    rows = json.loads(file.read_text()) if file.exists() else {}
-    rows[name] = row
-    file.write_text(json.dumps(dict(sorted(rows.items())), indent=1) + "\n")
 
 
 if __name__ == "__main__":

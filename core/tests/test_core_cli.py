@@ -132,8 +132,17 @@ def test_resume_refuses_what_it_would_ignore(capsys, tmp_path):
     assert code == 2 and "leave out --lr, --seed" in err
 
 
-def test_a_name_that_is_missing_between_commas_is_refused(capsys):
-    code, _, err = run(capsys, "apply", "quant_lsq,,train_adamp", MODEL)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("apply", "quant_lsq,,train_adamp", MODEL),
+        ("sweep", "quant_lsq,,train_adamp", MODEL, "-s", "weight_bits=2,3"),
+        ("evaluate", MODEL, "--method", "quant_lsq,,train_adamp"),
+        ("evaluate", MODEL, "--method", ""),
+    ],
+)
+def test_a_name_that_is_missing_between_commas_is_refused(capsys, command):
+    code, _, err = run(capsys, *command)
     assert code == 2 and "a name is missing between the commas" in err
 
 

@@ -42,6 +42,18 @@ def read_assignments(assignments: Sequence[str], flag: str) -> dict[str, JsonVal
     return values
 
 
+def method_names(text: str) -> list[str]:
+    """Return the methods of a text like `quant_lsq,train_adamp`.
+
+    Raises:
+        RequestError: a name is missing between the commas.
+    """
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise RequestError(f"'{text}': a name is missing between the commas; write e.g. quant_lsq,train_adamp")
+    return names
+
+
 def split_assignments(assignments: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, JsonValue]]:
     """Return the options of each method from texts like `bits=3` or `quant_lsq.bits=3`.
 

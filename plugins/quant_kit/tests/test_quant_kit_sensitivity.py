@@ -17,6 +17,8 @@ from eff.run import Run
 from eff.session import Plugins
 from eff_quant_kit.calibration import CalibrationSet
 from eff_quant_kit.sensitivity import (
+    LayerSensitivity,
+    Sensitivity,
     grad_enabled,
     hessian_traces,
     measure_sensitivity,
@@ -24,6 +26,7 @@ from eff_quant_kit.sensitivity import (
     read_sensitivity,
     rounded,
     task_losses,
+    write_sensitivity,
 )
 
 
@@ -131,6 +134,18 @@ def test_the_command_writes_a_file_that_reads_back(tmp_path):
         found.table("hessian", (4,), ["conv9"], "quant_x")
     with pytest.raises(RequestError, match="has no 3 bits"):
         found.table("hessian", (3,), ["conv1"], "quant_x")
+
+
+def test_a_chart_says_where_a_cost_is_zero_or_less(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr("eff.use.save_figure", lambda figure, path: figures.append(figure))
+    layers = tuple(
+        LayerSensitivity(layer=name, parameters=1, values={"hessian": {"8": cost, "4": 1e-3}})
+        for name, cost in (("a", 1e-6), ("b", -1e-7), ("c", 0.0))
+    )
+    write_sensitivity(Sensitivity(model="m", data="d", samples=1, bits=(8, 4), layers=layers), tmp_path)
+    (axes,) = figures[0].axes
+    assert [(text.get_text(), text.get_position()[1]) for text in axes.texts] == [("0 or less", 1), ("0 or less", 2)]
 
 
 def test_wrong_requests_are_refused(tmp_path):

@@ -133,7 +133,7 @@ def apply(
     """
     from eff import runner
     from eff.errors import RequestError
-    from eff.options import split_assignments
+    from eff.options import method_names, split_assignments
     from eff.schemas import Recipe
 
     if resume is not None:
@@ -149,10 +149,7 @@ def apply(
         base = Recipe(model=model)
     content: dict[str, Any] = {}
     if methods is not None:
-        names = methods.split(",")
-        if not all(names):
-            raise RequestError(f"'{methods}': a name is missing between the commas; write e.g. quant_lsq,train_adamp")
-        content["methods"] = [{"name": name} for name in names]
+        content["methods"] = [{"name": name} for name in method_names(methods)]
     names = [use["name"] for use in content.get("methods", [use.model_dump() for use in base.methods])]
     if option:
         assigned = split_assignments(option, names)

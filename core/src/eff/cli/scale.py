@@ -105,21 +105,19 @@ def sweep(
     from eff.cli.show import print_json
     from eff.errors import RequestError, RunError
     from eff.log import TerminalLog
-    from eff.options import split_assignments
+    from eff.options import method_names, split_assignments
     from eff.schemas import Recipe
     from eff.sweep import SweepRequest, plan_sweep
     from eff.sweep import sweep as run_sweep
     from eff.sweep.on_ray import Resources, ray_pool
 
-    names = [name for name in methods.split(",") if name]
+    names = method_names(methods)
     given = split_assignments(option or [], names)
     recipe = changed_recipe(
         Recipe(model=model), train_options(epochs, batch_size, lr, optimizer, optimizer_option, accumulate),
         data=data, arch=arch, device=device, precision=precision, seed=seed, export=export,
         trust_pickle=trust_pickle or None, methods=[{"name": name, "options": given[name]} for name in names],
     )  # fmt: skip
-    if not names:
-        raise RequestError("no method named; eff list-plugins shows what is installed")
     if address is not None and parallel is not None:
         raise RequestError("--parallel is for this machine; with --address the cluster decides, see --cpus and --gpus")
     request = SweepRequest(recipe, tuple(space or ()), search, trials)

@@ -42,12 +42,12 @@ def evaluate(
     """
     from eff.cli.show import measurement_rows, print_json, print_table
     from eff.log import TerminalLog
-    from eff.options import split_assignments
+    from eff.options import method_names, split_assignments
     from eff.schemas import MethodUse
     from eff.use import UseRequest
     from eff.use import evaluate as measure_model
 
-    names = [name for name in (method or "").split(",") if name]
+    names = method_names(method) if method is not None else []
     options = split_assignments(option or [], names)
     uses = [MethodUse(name=name, options=options[name]) for name in names]
     request = UseRequest(

@@ -99,9 +99,14 @@ class BiAdapter(Method[BiAdapterConfig]):
         if target.format not in self.card.formats:
             return None
         from eff.files import describe_artifact
+        from eff_quant_biadapter.insert import adapter_layers
         from eff_quant_biadapter.storage import dump, payload_bytes
 
         head = str(self.structure["head"])
         target.path.write_bytes(dump(model, head, self.config))
-        details = {"needs_base": True, "payload_bytes": payload_bytes(model, head)}
+        details = {
+            "needs_base": True,
+            "layers": len(adapter_layers(model)),
+            "payload_bytes": payload_bytes(model, head),
+        }
         return describe_artifact(target.path, target.format, details)

@@ -82,4 +82,5 @@ def write_program(net: Network, path: Path) -> dict[str, Any]:
     program["packed"] = packed
     save_file(stored, path, metadata={"format": "eff-hawqv3", "program": json.dumps(program)})
     weights = sum(value.nbytes for key, value in stored.items() if key.endswith(".weight"))
-    return {"weight_bytes": weights, "steps": len(program["steps"])}
+    layers = sum(step["op"] == "layer" for step in program["steps"])
+    return {"weight_bytes": weights, "steps": len(program["steps"]), "layers": layers}

@@ -36,7 +36,7 @@ def sensitivity(
     from eff.session import Plugins
     from eff.use import UseRequest, open_for_use
     from eff_quant_kit.calibration import CalibrationSet
-    from eff_quant_kit.sensitivity import measure_sensitivity, parse_measures, write_sensitivity
+    from eff_quant_kit.sensitivity import AXES, measure_sensitivity, parse_measures, write_sensitivity
 
     measures = parse_measures(metric)
     widths = [item.strip() for item in bits.split(",")]
@@ -60,10 +60,10 @@ def sensitivity(
         return
     for measure in measures:
         print_table(
-            f"{measure} on {found.samples} samples of {found.data}",
+            f"{AXES[measure]}; {found.samples} samples of {found.data}",
             ["layer", "weights", *(f"{b} bits" for b in found.bits)],
             [
-                [item.layer, f"{item.parameters:,}", *(f"{item.values[measure][str(b)]:.3g}" for b in found.bits)]
+                [item.layer, f"{item.parameters:,}", *(f"{item.values[measure][str(b)]:.1e}" for b in found.bits)]
                 for item in found.layers
             ],
             right=range(1, 2 + len(found.bits)),

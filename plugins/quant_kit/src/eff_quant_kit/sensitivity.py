@@ -34,6 +34,12 @@ from eff_quant_kit.quantizer import SMALLEST_SCALE, integer_range
 
 Measure = Literal["output_error", "kl", "hessian", "fisher"]
 MEASURES: tuple[Measure, ...] = ("output_error", "kl", "hessian", "fisher")
+AXES: dict[Measure, str] = {
+    "output_error": "output error: mean squared change of the outputs",
+    "kl": "KL divergence of the predictions, nats",
+    "hessian": "Hessian trace, average, times squared weight error",
+    "fisher": "Fisher information times squared weight error, halved",
+}
 FILE = "sensitivity.json"
 
 
@@ -323,21 +329,30 @@ def write_sensitivity(found: Sensitivity, folder: Path) -> list[Path]:
 
 
 def _chart(found: Sensitivity, measure: Measure, folder: Path) -> Path:
+    """Draw one measure: a group of bars per layer, darker with fewer bits, on a logarithmic scale."""
     from eff.use import load_pyplot, save_figure
 
     pyplot = load_pyplot()
     names = [item.layer for item in found.layers]
-    figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.24 * len(names)), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(8, 1.6 + 0.28 * len(names)), layout="constrained")
     height = 0.8 / len(found.bits)
     for index, b in enumerate(found.bits):
         places = [row + height * index for row in range(len(names))]
-        axes.barh(places, [item.values[measure][str(b)] for item in found.layers], height=height, label=f"{b} bits")
+        costs = [item.values[measure][str(b)] for item in found.layers]
+        shade = pyplot.get_cmap("Blues")(1.0 - 0.7 * sum(other < b for other in found.bits) / len(found.bits))
+        axes.barh(places, costs, height=height, color=shade, label=f"{b} bits")
+        for place, cost in zip(places, costs, strict=True):
+            if cost <= 0:  # has no place on the scale
+                where = axes.get_yaxis_transform()
+                axes.text(0.005, place, "0 or less", transform=where, fontsize=5, va="center")
     axes.set_yticks([row + 0.4 - height / 2 for row in range(len(names))], names, fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - height / 2, -height)
     axes.set_xscale("log")
-    axes.set_xlabel(measure.replace("_", " "))
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.set_xlabel(AXES[measure])
     axes.set_title(f"{found.model}: what each layer alone costs", fontsize=10)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=len(found.bits), fontsize=8, frameon=False)
     path = folder / f"sensitivity_{measure}.png"
     save_figure(figure, path)
     pyplot.close(figure)

@@ -31,7 +31,12 @@ def save_cache(cache: ZipCache, input_ids: Tensor, path: Path) -> dict[str, Any]
     described = {"config": cache.config.model_dump(mode="json"), "layers": layers}
     stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     save_file(stored, path, metadata={"zipcache": json.dumps(described)})
-    return {"tokens": input_ids.numel(), "cache_bytes": cache.nbytes, "compression_ratio": cache.compression_ratio()}
+    return {
+        "layers": len(layers),
+        "tokens": input_ids.numel(),
+        "cache_bytes": cache.nbytes,
+        "compression_ratio": cache.compression_ratio(),
+    }
 
 
 def _take_apart(layer: ZipLayer, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
