@@ -70,6 +70,14 @@ def test_unpacking_does_not_write_to_the_packed_rows(bits):
     assert (packed == 255).all()
 
 
+def test_codes_that_hold_no_values_are_refused():
+    with pytest.raises(TypeError, match="pack_rows: codes is list, expected"):
+        pack_rows([[0] * 8], 4)
+    for pack in (pack_bits, pack_rows):
+        with pytest.raises(ValueError, match=f"{pack.__name__}: codes is on meta, expected a device that holds values"):
+            pack(torch.zeros(1, 8, dtype=torch.uint8, device="meta"), 4)
+
+
 def test_rows_that_do_not_fit_bytes_are_refused():
     with pytest.raises(
         ValueError, match=r"pack_rows: codes has shape \(2, 9\), expected \(N, K\) with K a multiple of 8"

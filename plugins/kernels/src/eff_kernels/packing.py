@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eff_kernels.checks import INTEGERS, check_choice, check_dtype, check_integer, check_range
+from eff_kernels.checks import INTEGERS, check_choice, check_dtype, check_integer, check_range, check_readable
 
 ROW_BITS = (2, 3, 4, 8)
 """Widths that `unpack_rows` knows."""
@@ -80,6 +80,7 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
         ValueError: the codes are no matrix, K is no multiple of 8, a code does not fit, or bits is none of `ROW_BITS`.
     """
     check_choice("pack_rows", "bits", bits, ROW_BITS)
+    check_dtype("pack_rows", "codes", codes, (*INTEGERS, torch.bool))
     if codes.ndim != 2 or codes.shape[1] % 8:
         raise ValueError(f"pack_rows: codes has shape {tuple(codes.shape)}, expected (N, K) with K a multiple of 8")
     return pack_bits(codes, bits, op="pack_rows").view(len(codes), codes.shape[1] * bits // 8)
@@ -121,6 +122,7 @@ def check_width(op: str, bits: int) -> None:
 def check_codes(op: str, codes: Tensor, bits: int) -> None:
     """Raise unless the codes are integers of `bits` bits; waits for the device."""
     check_dtype(op, "codes", codes, (*INTEGERS, torch.bool))
+    check_readable(op, "codes", codes)
     if codes.numel():
         low, high = int(codes.min()), int(codes.max())
         if low < 0 or high >= 2**bits:
