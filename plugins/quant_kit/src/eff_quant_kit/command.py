@@ -16,7 +16,7 @@ def sensitivity(
     metric: Annotated[
         str, typer.Option("--metric", help="output_error, kl, hessian, fisher, with commas, or all.")
     ] = "all",
-    bits: Annotated[str, typer.Option("--bits", help="Numbers of bits, 2 to 8, with commas.")] = "8,4,2",
+    bits: Annotated[str, typer.Option("--bits", help="Numbers of bits, 2 to 8, with commas.")] = "8,4,3,2",
     samples: Annotated[int, typer.Option("--samples", min=1, help="Training samples to measure on.")] = 64,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Samples in memory at a time.")] = 32,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for sensitivity.json and the charts.")] = None,
@@ -41,7 +41,7 @@ def sensitivity(
     measures = parse_measures(metric)
     widths = [item.strip() for item in bits.split(",")]
     if not all(item.isdigit() and 2 <= int(item) <= 8 for item in widths):
-        raise RequestError(f"--bits takes numbers from 2 to 8 with commas, e.g. 8,4,2; got '{bits}'")
+        raise RequestError(f"--bits takes numbers from 2 to 8 with commas, e.g. 8,4,3,2; got '{bits}'")
     if out is not None:
         check_output_folder(out, force)
     log = TerminalLog(quiet=as_json)

@@ -233,7 +233,7 @@ def measure_sensitivity(
     run: Run,
     calibration: CalibrationSet,
     measures: Sequence[Measure] = MEASURES,
-    bits: Sequence[int] = (8, 4, 2),
+    bits: Sequence[int] = (8, 4, 3, 2),
     source: str = "",
     draws: int = 100,
     tolerance: float = 1e-3,
