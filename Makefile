@@ -57,8 +57,9 @@ $(VENV)/demo.installed: $(VENV)/torch.installed $(PACKAGING)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt -e "./core[digits,onnx,plots]" $(DEMO_PLUGINS)
 	touch $@
 
+# Compiled once: where PYTHONDONTWRITEBYTECODE is set every process of the tests would compile the libraries again.
 $(VENV)/test.installed: $(VENV)/torch.installed $(PACKAGING)
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt -e "./core[all]" $(PLUGINS) $(TEST_TOOLS)
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt -e "./core[all]" $(PLUGINS) $(TEST_TOOLS)
 	touch $@ $(VENV)/demo.installed
 
 clean:

@@ -12,10 +12,11 @@ from eff.errors import ConfigError, RequestError, RunError
 from eff.options import check_config
 from eff.run import Run, Step
 from eff.runner import apply
-from eff.schemas import CORE_TRAINING, DataSpec, MethodUse, Recipe, TrainOptions
+from eff.schemas import CORE_TRAINING, DataSpec, MethodUse, Metric, Recipe, TrainOptions
 from eff.tasks import Classification, ClassificationOptions
 from eff.testing.samples import DATA, MODEL, blobs
 from eff.use import UseRequest, evaluate, export_model
+from eff_quant_double_rounding import claims
 from eff_quant_double_rounding.config import DoubleRoundingConfig
 from eff_quant_double_rounding.layers import SwitchNorm, switch, switch_layers
 from eff_quant_double_rounding.plugin import DoubleRounding
@@ -225,6 +226,7 @@ def test_a_stored_model_switches_at_run_time_and_the_file_has_one_byte_a_weight(
             evaluate(UseRequest(path, device="cpu", settings={"bits": 5}))
     weights = sum(row.numel() for name, row in _float_weights().items() if row.ndim > 1)
     assert report.after.metrics.values["code_bytes"].value == weights
+    assert report.after.metrics.values["norm_bytes"].value == 4 * 2 * 2 * 8  # widths, numbers, bytes, channels
     written = export_model(
         UseRequest(str(tmp_path / "run" / "model.pt"), device="cpu", settings={"bits": 2}),
         ["safetensors"],
@@ -246,13 +248,75 @@ def test_models_without_several_settings_refuse_to_switch(tmp_path):
         evaluate(UseRequest(str(tmp_path / "plain" / "model.pt"), device="cpu", settings={"bits": 4}))
 
 
-def test_the_packed_file_gives_the_same_integers(run):
+def test_the_packed_file_gives_the_same_integers_and_outputs(run):
     model, method = changed(run)
+    one_step(run, model, method)
     tensors, details = pack_state(model)
     again, _ = changed(run)
     again.load_state_dict(unpack_state(tensors, details))
     for one, other in zip(switch_layers(model).values(), switch_layers(again).values(), strict=True):
         assert torch.equal(one.stored(), other.stored())
+    x = torch.rand(4, 1, 8, 8)
+    for width in (8, 6, 4, 2):
+        outputs = []
+        for net in (model.eval(), again.eval()):
+            switch(net, method.structure, width)
+            outputs.append(net(x))
+        assert torch.equal(*outputs)
+
+
+def test_four_norms_take_as_much_of_the_file_as_one_in_float32(run):
+    model, _ = changed(run)
+    tensors, _ = pack_state(model)
+    norms = [name for name in tensors if name.startswith(("1.", "4.", "7."))]
+    assert norms == ["1.norms.8.weight", "4.norms.8.weight", "7.norms.8.weight"]
+    assert sum(tensors[name].nbytes for name in norms) == sum(4 * 4 * channels for channels in (4, 6, 6))
+    assert [name for name in tensors if name.startswith("3.inputs.")] == ["3.inputs.8.scale"]
+
+
+@pytest.mark.parametrize("summand", [0.7, 1e6])  # the second is beyond float16 and is kept in float32
+def test_a_norm_in_use_is_the_batch_norm_within_half_precision(summand):
+    torch.manual_seed(0)
+    norm = SwitchNorm(nn.BatchNorm2d(3), DoubleRoundingConfig(bits=(8, 2)))
+    for entry in norm.norms.values():
+        nn.init.uniform_(entry.weight, 0.5, 2)
+        nn.init.uniform_(entry.bias, summand, 2 * summand)
+        entry.running_mean.uniform_(-1, 1)
+        entry.running_var.uniform_(0.5, 2)
+    x = torch.randn(5, 3, 4, 4)
+    found = norm.eval()(x)
+    torch.testing.assert_close(found, norm.norms["8"](x), rtol=2e-3, atol=2e-3)
+    model = nn.Sequential(norm)
+    tensors, details = pack_state(model)
+    model.load_state_dict(unpack_state(tensors, details))
+    torch.testing.assert_close(norm(x), found, rtol=0 if summand < 1 else 1e-6, atol=0)
+
+
+def test_norms_without_statistics_or_weights_stay_as_they_are(run):
+    for made in (nn.BatchNorm2d(3, track_running_stats=False), nn.BatchNorm2d(3, affine=False)):
+        norm = SwitchNorm(made, DoubleRoundingConfig(bits=(8, 2))).eval()
+        x = torch.randn(5, 3, 4, 4)
+        assert torch.equal(norm(x), norm.norms["8"](x)) and norm.packed("") == {}
+
+
+def test_a_scale_that_was_never_initialised_stays_so_in_the_file(run):
+    model, _ = changed(run)
+    model[3].inputs["4"].initialised.fill_(False)
+    found = unpack_state(*pack_state(model))
+    assert [bool(found[f"3.inputs.{b}.initialised"]) for b in (8, 6, 4, 2)] == [True, True, False, True]
+    assert torch.equal(found["3.inputs.6.scale"], model[3].inputs["6"].scale.detach())
+
+
+def test_the_claim_of_the_file_sums_files_of_one_width(monkeypatch):
+    def measured(source, seed, method, options):
+        size = {"quant_lsq": 1000}.get(method, 100 * sum(options.get("bits", (8, 2))))
+        return size, {"code_bytes": Metric(value=5), "norm_bytes": Metric(value=7)}
+
+    monkeypatch.setattr(claims, "_file", measured)
+    assert dict(claims._files("net", "zoo:digits_cnn", 0)) == {
+        "net_all": 1000, "net_all_code": 5, "net_all_norm": 7, "net_8_alone": 800, "net_8_lsq": 1000,
+        "net_four_files": 2000,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

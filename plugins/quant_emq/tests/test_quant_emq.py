@@ -18,8 +18,10 @@ from eff.runner import apply
 from eff.schemas import CORE_TRAINING, DataSpec, MethodUse, Recipe, TrainOptions
 from eff.tasks import Classification, ClassificationOptions
 from eff.testing.samples import DATA, blobs
+from eff_quant_emq import claims
 from eff_quant_emq.assign import assign
 from eff_quant_emq.bench import Table, build, check, configurations, partial_correlation, rank_correlation
+from eff_quant_emq.claims import pick
 from eff_quant_emq.config import EMQConfig
 from eff_quant_emq.evolve import INVALID, Evolution
 from eff_quant_emq.expressions import RELEASED, crossed, layer_scores, mutated, random_genes, simplified
@@ -246,6 +248,22 @@ def test_inputs_are_aligned_with_their_layers(run):
     assert set(known) == set(HAND_MADE)
     assert float(known["snip"][0]) == pytest.approx(float((found["grad"][0] * found["weight"][0]).abs().sum()))
     assert torch.isfinite(layer_scores(RELEASED, found)).all()
+
+
+def test_the_place_of_a_pick_counts_better_ones_within_the_size():
+    bits = np.array([[2.0, 4.0], [4.0, 2.0], [3.0, 3.0], [4.0, 4.0], [2.0, 2.0]])
+    found = Table(bits, np.array([0.4, 0.3, 0.2, 1.0, 0.1]))  # the fourth is best and too large
+    scores = {(1.0, 0.0): 25.0, (0.0, 1.0): 0.0, (-1.0, -1.0): 75.0}
+    assert {key: pick(found, np.array(key), np.ones(2)) for key in scores} == scores
+
+
+def test_the_exhaustive_claim_measures_every_configuration(monkeypatch):
+    small = EMQConfig(population=10, iterations=3, bench_samples=32, batch_size=16, bits=(2, 4))
+    monkeypatch.setattr(claims, "CONFIG", small)
+    monkeypatch.setattr(claims, "EPOCHS", 1)
+    found = claims._exhaustive(0)
+    assert found["configurations"] == 2**6 and found["best_hand_made"] >= found["snip"]
+    assert all(-1 <= found[f"{name}_tau"] <= 1 and 0 <= found[f"{name}_pick"] < 100 for name in ("evolved", "size"))
 
 
 @pytest.mark.parametrize("budget", [0.45, 0.6])

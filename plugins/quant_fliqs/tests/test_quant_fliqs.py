@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from eff.data import load_data
 from eff.errors import ConfigError, RequestError
 from eff.options import check_config
 from eff.run import Run
@@ -16,11 +17,13 @@ from eff.schemas import CORE_TRAINING, DataSpec, MethodUse, Recipe, TrainOptions
 from eff.tasks import Classification, ClassificationOptions
 from eff.testing.samples import DATA, MODEL, blobs
 from eff.use import UseRequest, evaluate
+from eff_quant_fliqs import claims
 from eff_quant_fliqs.config import FLIQSConfig
 from eff_quant_fliqs.formats import best_share, magnitude, parse, quantize, scale_of
 from eff_quant_fliqs.layers import FormatLayer, check_target, cost, decisions, format_layers, insert, set_choices
 from eff_quant_fliqs.plugin import FLIQS
 from eff_quant_fliqs.policy import Policy, entropy_weight, reward
+from eff_quant_fliqs.report import draw
 from eff_quant_kit.packed import pack_state, unpack_state
 
 EFF_PLUGIN = "quant_fliqs"
@@ -214,6 +217,32 @@ def test_a_search_ends_with_formats_that_a_file_holds(tmp_path):
     packed = evaluate(UseRequest(str(tmp_path / "run" / "model.packed.safetensors"), device="cpu"))
     for key in ("accuracy", "relative_cost"):
         assert packed.metrics.values[key].value == pytest.approx(report.after.metrics.values[key].value)
+
+
+def test_the_plot_names_every_format_in_its_legend(tmp_path, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="plots need matplotlib")
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    formats = ["int4", "e2m1", "e3m0", "int8", "e4m3", "e5m2"]
+    points = [("found", 0.3, 0.5), *((name, 0.3, 0.5) for name in formats), ("random", 0.4, 0.4)]
+    draw(points, 0.3, tmp_path / "pareto.png")
+    (legend,) = pyplot.gcf().legends
+    monkeypatch.undo()
+    pyplot.close("all")
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == ["random formats", *formats, "front", "found by the policy", "target"]
+
+
+def test_the_floating_claim_searches_at_the_costs_of_4_and_8_bits(monkeypatch):
+    pytest.importorskip("sklearn", reason="the digits need scikit-learn")
+    monkeypatch.setattr(claims, "load_data", lambda spec: load_data(f"{spec}&train=128&test=64"))
+    monkeypatch.setattr(claims, "EPOCHS", 1)
+    monkeypatch.setattr(claims, "FLOATING", ("int4", "e4m3", "int8"))
+    found = claims._floating(0)
+    named = {side for check in FLIQS.claims[1].checks for side in (check.left, check.right) if isinstance(side, str)}
+    assert named - set(found) == {"e2m1"}
+    assert found["uniform_4_cost"] < 0.4 and all(
+        found["uniform_4_cost"] <= found[f"searched_{b}_cost"] <= 1 for b in (4, 6, 8)
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)

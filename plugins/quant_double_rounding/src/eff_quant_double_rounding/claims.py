@@ -3,12 +3,16 @@
 12 epochs in float, then 10 of joint training, Adam 1e-3, the same for every setting; ALRS as printed unless the name says
 otherwise. `plain_2` is a model trained at 8 bits alone whose integers are shifted to 2 bits. `worst` is the lowest accuracy
 over the widths.
+
+And of the file: its bytes on disk, header included, beside one of 8 bits alone (of this method, and of quant_lsq, which must be
+installed; the same layers in float), and the sum of four files of one width each. Training changes no size, so nothing is trained.
 """
 
 from __future__ import annotations
 
 import copy
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,8 @@ from eff.data import Data, load_data
 from eff.measure import task_metrics
 from eff.models import make_task
 from eff.run import Run
-from eff.schemas import CORE_TRAINING, TrainOptions
+from eff.runner import apply
+from eff.schemas import CORE_TRAINING, MethodUse, Metric, Recipe, TrainOptions
 from eff.seeding import seed_everything
 from eff.session import Chosen, Plugins
 from eff.training import Training
@@ -29,7 +34,6 @@ from eff_quant_double_rounding.layers import switch, switch_layers
 from eff_quant_double_rounding.plugin import DoubleRounding
 from eff_quant_kit.layers import initialise_inputs
 from eff_quant_kit.learned_steps import lsq_step
-from eff_quant_kit.packed import pack_state
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "double": {},
@@ -38,6 +42,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "floor": {"rounding": "floor"},
     "floor_centred": {"rounding": "floor_centred"},
 }
+
+ENDS = ["conv1", "linear"]  # in float here; quant_lsq would have them at 8 bits
+NETS = {"resnet20": "zoo:cifar_resnet20", "wide": "zoo:digits_cnn?width=128"}
 
 
 class DigitsCNN(nn.Sequential):
@@ -75,12 +82,10 @@ def _one_seed(seed: int) -> dict[str, float]:
         if name == "double":
             layers = switch_layers(model).values()
             found["nested"] = 100 * sum(layer.nested() for layer in layers) / len(layers)
-            found["double_bytes"] = _bytes(model)
     single = DoubleRounding(DoubleRoundingConfig(bits=(8,), lr=1e-3, epochs=10))
     model, run = train(copy.deepcopy(base), data, seed, single.training().over(recipe), single)
     switch(model, single.structure, 8)
     found["single_8"] = task_metrics(model, data, run).values["accuracy"].value
-    found["single_8_bytes"] = _bytes(model)
     found["plain_2"] = _shifted(model, single, data, run)
     return found
 
@@ -101,14 +106,33 @@ def _shifted(model: nn.Module, single: DoubleRounding, data: Data, run: Run) -> 
     return task_metrics(model, data, run).values["accuracy"].value
 
 
-def _bytes(model: nn.Module) -> int:
-    """Return the bytes of what the file holds of a model."""
-    from safetensors.torch import save_file
+def files(run: ClaimRun) -> dict[str, list[float]]:
+    """Return bytes by net, file and seed: of files on disk, and of codes and norms in the file of all widths."""
+    return run.by_seed(
+        "files", lambda seed: {k: v for name, source in NETS.items() for k, v in _files(name, source, seed)}
+    )
 
+
+def _files(net: str, source: str, seed: int) -> Iterator[tuple[str, float]]:
+    size, found = _file(source, seed, "quant_double_rounding", {})
+    yield f"{net}_all", size
+    for part in ("code", "norm"):
+        yield f"{net}_all_{part}", found[f"{part}_bytes"].value
+    alone = {b: _file(source, seed, "quant_double_rounding", {"bits": [b]})[0] for b in (8, 6, 4, 2)}
+    yield f"{net}_8_alone", alone[8]
+    yield f"{net}_8_lsq", _file(source, seed, "quant_lsq", {"weight_bits": 8, "act_bits": 8, "exclude": ENDS})[0]
+    yield f"{net}_four_files", sum(alone.values())
+
+
+def _file(source: str, seed: int, method: str, options: dict[str, Any]) -> tuple[int, dict[str, Metric]]:
+    """Return the size of the packed file, untrained, and the metrics of the model."""
+    recipe = Recipe(
+        model=source, data="digits?train=256&test=64", device="cpu", seed=seed,
+        methods=(MethodUse(name=method, options=options),), train=TrainOptions(epochs=0), export=("packed",),
+    )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "m.safetensors")
-        save_file({key: value.clone() for key, value in pack_state(model)[0].items()}, path)
-        return path.stat().st_size
+        report = apply(recipe, Path(folder, "run"))
+        return Path(folder, "run", "model.packed.safetensors").stat().st_size, report.after.metrics.values
 
 
 def train(

@@ -18,7 +18,7 @@ from eff_quant_double_rounding.config import DoubleRoundingConfig
 from eff_quant_double_rounding.rounding import double_round, integers, limits, shifted, value
 from eff_quant_kit.layers import check_layers, execution_order, find_layers, replace_module, warn_left_in_float
 from eff_quant_kit.learned_steps import lsq_step
-from eff_quant_kit.packed import Packed
+from eff_quant_kit.packed import Packed, packed_norms, packed_scales
 from eff_quant_kit.quantizer import Quantizer
 
 PLUGIN = "quant_double_rounding"
@@ -36,6 +36,11 @@ class SwitchLayer(nn.Module):
         self.scale = nn.Parameter(start)
         self.grad_scale = 1 / math.sqrt(weight.numel() * limits(self.high)[1])
         self.inputs = nn.ModuleDict({str(b): Quantizer(config.inputs(b), signed) for b in config.widths})
+
+    def set_input_size(self, values: int) -> None:
+        """Set the gradient scales of the inputs' scales for inputs of this many values a sample."""
+        for quantizer in self.inputs.values():
+            quantizer.grad_scale = 1 / math.sqrt(values * quantizer.q_max)  # type: ignore[assignment, operator]
 
     def stored(self) -> Tensor:
         """Return the integers of the highest width, int32."""
@@ -70,14 +75,15 @@ class SwitchLayer(nn.Module):
         return same
 
     def packed(self, prefix: str) -> dict[str, Packed]:
-        """Return how the file holds the weight: integers of the highest width."""
+        """Return how the file holds the weight, integers of the highest width, and the inputs' scales."""
         weight: Tensor = self.layer.weight  # type: ignore[assignment]
         low = limits(self.high)[0]
         details = {
             "kind": "levels", "bits": self.high, "q_min": low, "shape": list(weight.shape), "axis": None,
             "scale": f"{prefix}scale", "offset": None, "dtype": str(weight.dtype).removeprefix("torch."),
         }  # fmt: skip
-        return {f"{prefix}layer.weight": Packed(pack_bits(self.stored().cpu() - low, self.high), details)}
+        weights = Packed(pack_bits(self.stored().cpu() - low, self.high), details)
+        return {f"{prefix}layer.weight": weights, **packed_scales(self.inputs, f"{prefix}inputs.")}
 
     def extra_repr(self) -> str:
         """Return the width for printing."""
@@ -95,10 +101,35 @@ class SwitchNorm(nn.Module):
         self.norms = nn.ModuleDict({name: copy.deepcopy(norm) for name in names})
         self.active = names[0]
 
+    @property
+    def folds(self) -> bool:
+        """Whether a set is a factor and a summand by channel where nothing is trained."""
+        norm: Any = self.norms[self.active]
+        return norm.weight is not None and norm.running_mean is not None
+
+    def folded(self, name: str) -> Tensor:
+        """Return the factors and summands (2, C) of a set with the values of float16, beyond its range as they are."""
+        norm: Any = self.norms[name]
+        factor = norm.weight / (norm.running_var + norm.eps).sqrt()
+        pair = torch.stack([factor, norm.bias - norm.running_mean * factor])
+        half = pair.half().to(pair.dtype)
+        return torch.where(torch.isfinite(half), half, pair)
+
     def forward(self, x: Tensor) -> Tensor:
-        """Return x normalised by the current set."""
-        y: Tensor = self.norms[self.active](x)
-        return y
+        """Return x normalised by the current set; where nothing is trained, with what the file holds of it."""
+        if self.training or not self.folds:
+            y: Tensor = self.norms[self.active](x)
+            return y
+        factor, summand = self.folded(self.active).to(x.dtype).view(2, 1, -1, *[1] * (x.ndim - 2))
+        return x * factor + summand
+
+    def packed(self, prefix: str) -> dict[str, Packed]:
+        """Return how the file holds the sets: four take as much as one batch norm in float32."""
+        if not self.folds:
+            return {}
+        sets = torch.stack([self.folded(name) for name in self.norms])
+        half = sets.half()
+        return packed_norms(self.norms, half if bool(torch.isfinite(half).all()) else sets, f"{prefix}norms.")
 
 
 def insert(model: nn.Module, config: DoubleRoundingConfig, structure: dict[str, Any], run: Run) -> nn.Module:
@@ -125,10 +156,11 @@ def insert(model: nn.Module, config: DoubleRoundingConfig, structure: dict[str, 
     for name in structure["norms"]:
         replace_module(model, name, SwitchNorm(model.get_submodule(name), config))
     model.to(run.device)
-    for name, module in model.named_modules():
-        if isinstance(module, Quantizer):
-            module.name = name
-            module.grad_scale = float(structure.get("grad_scales", {}).get(name, 1.0))
+    for name, layer in switch_layers(model).items():
+        for b, quantizer in layer.inputs.items():
+            quantizer.name = f"{name}.inputs.{b}"  # type: ignore[assignment]
+        if size := structure.get("input_sizes", {}).get(name):
+            layer.set_input_size(int(size))
     if not run.restoring:
         _initialise(model, config, structure, run, batch)
     switch(model, structure, config.widths[0])
@@ -180,20 +212,21 @@ def _initialise(
     model: nn.Module, config: DoubleRoundingConfig, structure: dict[str, Any], run: Run, batch: Any
 ) -> None:
     """Set the scales of the inputs, width by width, from what the layers see at that width."""
+    sizes = structure.setdefault("input_sizes", {})
     for width in config.widths:
         switch(model, structure, width)
         handles = []
-        for layer in switch_layers(model).values():
-            quantizer = layer.inputs[str(width)]
+        for name, layer in switch_layers(model).items():
 
-            def start(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-                assert isinstance(module, Quantizer)
-                if not bool(module.initialised):
-                    module.set_scale(lsq_step(arguments[0], module.q_max))
-                    module.grad_scale = 1 / math.sqrt(arguments[0][0].numel() * module.q_max)
-                    structure.setdefault("grad_scales", {})[module.name] = module.grad_scale
+            def start(layer: nn.Module, arguments: tuple[Any, ...], name: str = name) -> None:
+                assert isinstance(layer, SwitchLayer)
+                quantizer: Any = layer.inputs[str(layer.width)]
+                if not bool(quantizer.initialised):
+                    quantizer.set_scale(lsq_step(arguments[0], quantizer.q_max))
+                sizes[name] = arguments[0][0].numel()
+                layer.set_input_size(sizes[name])
 
-            handles.append(quantizer.register_forward_pre_hook(start))
+            handles.append(layer.register_forward_pre_hook(start))
         was_training = model.training
         model.eval()
         with torch.no_grad():

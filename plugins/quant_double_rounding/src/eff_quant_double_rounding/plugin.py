@@ -51,9 +51,26 @@ class DoubleRounding(Method[DoubleRoundingConfig]):
             ),
             paper="ImageNet ResNet-18: 70.74, 70.71, 70.43 and 66.35 % at 8, 6, 4 and 2 bits; float 69.76 %.",
             unit="% accuracy",
-            units={"nested": "%", "bytes": "B"},
+            units={"nested": "%"},
             seeds=(0, 1, 2),
             minutes=5,
+        ),
+        Claim(
+            id="file",
+            statement="The file of four widths is no larger than one of 8 bits alone.",
+            run="eff_quant_double_rounding.claims:files",
+            checks=(
+                Check(left="resnet20_all", right="resnet20_8_lsq", relation="at_most"),
+                Check(left="resnet20_all", right="resnet20_8_alone", relation="at_most"),
+                Check(left="resnet20_all", right="resnet20_four_files", relation="at_most"),
+                Check(left="wide_all", right="wide_8_lsq", relation="at_most"),
+                Check(left="wide_all", right="wide_8_alone", relation="at_most"),
+                Check(left="wide_all", right="wide_four_files", relation="at_most"),
+            ),
+            paper="Only the 8-bit weights are stored; the norms of each width are not counted.",
+            unit="B",
+            seeds=(0,),
+            minutes=1,
         ),
     )
     sample: ClassVar = Sample(

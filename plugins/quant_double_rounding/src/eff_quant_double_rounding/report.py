@@ -11,8 +11,8 @@ from eff.measure import task_metrics
 from eff.run import Run
 from eff.schemas import Metric, Metrics, TableRow
 from eff_quant_double_rounding.config import DoubleRoundingConfig
-from eff_quant_double_rounding.layers import switch, switch_layers
-from eff_quant_kit.packed import sizes
+from eff_quant_double_rounding.layers import SwitchNorm, switch, switch_layers
+from eff_quant_kit.packed import pack_state, sizes
 
 
 def describe(
@@ -30,6 +30,7 @@ def describe(
         "mean_weight_bits": Metric(value=bits / sum(weights), unit="bits", better="lower"),
         "packed_bytes": Metric(value=sum(size.values()), unit="B", better="lower"),
         "code_bytes": Metric(value=size["code_bytes"], unit="B", better="lower"),
+        "norm_bytes": Metric(value=_norm_bytes(model), unit="B", better="lower"),
         "nested_layers": Metric(value=100 * sum(layer.nested() for layer in layers.values()) / len(layers), unit="%"),
     }
     tables: dict[str, list[TableRow]] = {}
@@ -61,3 +62,9 @@ def describe(
             tables["subnets"] = subs
     switch(model, structure, width)
     return Metrics(values=values, tables=tables)
+
+
+def _norm_bytes(model: nn.Module) -> int:
+    """Return the bytes of the switchable norms in the file."""
+    norms = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, SwitchNorm))
+    return sum(value.nbytes for key, value in pack_state(model)[0].items() if norms and key.startswith(norms))

@@ -1,14 +1,18 @@
-"""The claim at desk scale: digits at 16 x 16 with light noise, formats int2, int4 and int8, 1.1 times the cost of int4.
+"""The claims at desk scale, on digits at 16 x 16 with light noise; 20 epochs for every setting.
 
-Five convolutions and a linear layer (59 thousand weights), 20 epochs of SGD 0.01 for every setting (core's 0.05 diverges with
-int2); first and last layer at int8 throughout. `random` is the mean over three assignments within 5 % of the target, each
+`digits`: formats int2, int4 and int8, 1.1 times the cost of int4. Five convolutions and a linear layer (59 thousand weights), SGD 0.01 (core's 0.05 diverges with int2); first and last layer at int8 throughout. `random` is the mean over three assignments within 5 % of the target, each
 trained from scratch; `sensitivity` quantizes the float model without training, formats by each layer's own rise of the training
 loss; `retrained` trains anew at the formats found. The reward sees training batches alone.
+
+`floating`: FP4 (e2m1, e3m0), FP8 (e4m3, e5m2), int4 and int8 in one search, on a net of 5 thousand weights, for which 4 bits are
+few. `searched_4` and `searched_8` search at the cost of 4 and of 8 bits everywhere, `searched_6` halfway; `retrained_4` trains
+anew at the formats of `searched_4`.
 """
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +36,8 @@ from eff_quant_kit.allocation import Budget, allocate
 from eff_quant_kit.layers import reestimate_batch_norm
 
 FORMATS = ("int2", "int4", "int8")
+FLOATING = ("int4", "e2m1", "e3m0", "int8", "e4m3", "e5m2")
+WIDE, NARROW = (16, 32, 32, 48, 48), (6, 8, 8, 12, 12)
 OVER_INT4, DRAWS, EPOCHS, NOISE = 1.1, 3, 20, 0.1
 
 
@@ -56,13 +62,13 @@ class Held:
 
 
 class Net(nn.Sequential):
-    """Convolutions of 16, 32, 32, 48 and 48 channels with batch norm and ReLU, then a linear layer."""
+    """Five convolutions with batch norm and ReLU, the second and the fourth of stride 2, then a linear layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, widths: tuple[int, ...]) -> None:
         layers: list[nn.Module] = []
-        for before, after, stride in ((1, 16, 1), (16, 32, 2), (32, 32, 1), (32, 48, 2), (48, 48, 1)):
+        for before, after, stride in zip((1, *widths), widths, (1, 2, 1, 2, 1), strict=False):
             layers += [nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
-        super().__init__(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(192, 10))
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * widths[-1], 10))
 
 
 def noisy_digits(seed: int) -> Data:
@@ -85,34 +91,62 @@ def digits(run: ClaimRun) -> dict[str, list[float]]:
     return run.by_seed("digits", _one_seed)
 
 
+def floating(run: ClaimRun) -> dict[str, list[float]]:
+    """Return accuracies of FP4, FP8 and integer formats and of searches among them, and costs, by seed."""
+    return run.by_seed("floating", _floating)
+
+
 def _one_seed(seed: int) -> dict[str, float]:
     data = noisy_digits(seed)
-    seed_everything(seed, "model")
-    base = Net()
-    structure: dict[str, object] = {}
-    probe = _run(data, seed)
-    insert(copy.deepcopy(base), FLIQSConfig(formats=FORMATS), structure, probe)
-    count = len(structure["decisions"])  # type: ignore[arg-type]
-    shown = FLIQSConfig(formats=FORMATS)
-    target = OVER_INT4 * cost(structure, shown, [1] * count)
+    base, structure = _start(WIDE, data, seed)
+    count = len(structure["decisions"])
+    target = OVER_INT4 * cost(structure, FLIQSConfig(formats=FORMATS), [1] * count)
     config = FLIQSConfig(formats=FORMATS, target_cost=target)
     found: dict[str, float] = {}
-    method = FLIQS(config)
-    model, run = _train(copy.deepcopy(base), data, seed, method)
-    chosen = [int(index) for index in method.structure["chosen"]]  # type: ignore[union-attr,call-overload,arg-type]
-    found["searched"] = _accuracy(model, data, run)
+    found["searched"], chosen, found["searched_entropy"] = _searched(base, data, seed, config)
     found["searched_cost_over_target"] = cost(structure, config, chosen) / target
-    found["searched_entropy"] = float(method.structure["entropy"])  # type: ignore[arg-type]
     for index, name in enumerate(FORMATS):
-        found[f"uniform_{name}"] = _fixed(base, data, seed, [index] * count)
-    found["retrained"] = _fixed(base, data, seed, chosen)
+        found[f"uniform_{name}"] = _fixed(base, data, seed, config, [index] * count)
+    found["retrained"] = _fixed(base, data, seed, config, chosen)
     draws = random_assignments(structure, config, target, count, seed)
-    accuracies = [_fixed(base, data, seed, draw) for draw in draws]
+    accuracies = [_fixed(base, data, seed, config, draw) for draw in draws]
     found["random"], found["random_best"] = sum(accuracies) / len(accuracies), max(accuracies)
     float_model, run = _train(copy.deepcopy(base), data, seed, None)
     found["float"] = _accuracy(float_model, data, run)
     found["sensitivity"] = _after_training(float_model, data, seed, target)
     return found
+
+
+def _floating(seed: int) -> dict[str, float]:
+    data = noisy_digits(seed)
+    base, structure = _start(NARROW, data, seed)
+    count, every = len(structure["decisions"]), FLIQSConfig(formats=FLOATING)
+    found = {name: _fixed(base, data, seed, every, [index] * count) for index, name in enumerate(FLOATING)}
+    low, high = (cost(structure, every, [FLOATING.index(name)] * count) for name in ("int4", "int8"))
+    chosen = {}
+    for name, target in (("4", low), ("6", (low + high) / 2), ("8", high)):
+        config = FLIQSConfig(formats=FLOATING, target_cost=target)
+        found[f"searched_{name}"], chosen[name], _ = _searched(base, data, seed, config)
+        found[f"searched_{name}_cost"] = cost(structure, config, chosen[name])
+        found[f"searched_{name}_floating"] = 100 * sum(FLOATING[c].startswith("e") for c in chosen[name]) / count
+    found["retrained_4"] = _fixed(base, data, seed, every, chosen["4"])
+    return found | {"uniform_4_cost": low}
+
+
+def _start(widths: tuple[int, ...], data: Data, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+    """Return an untrained net, and what a search knows of it: decisions and costs, the same for all formats."""
+    seed_everything(seed, "model")
+    base, structure = Net(widths), {}
+    insert(copy.deepcopy(base), FLIQSConfig(formats=FORMATS), structure, _run(data, seed))
+    return base, structure
+
+
+def _searched(base: nn.Module, data: Data, seed: int, config: FLIQSConfig) -> tuple[float, list[int], float]:
+    """Return the accuracy of a search with its shared weights, the formats found, and the policy's entropy."""
+    method = FLIQS(config)
+    model, run = _train(copy.deepcopy(base), data, seed, method)
+    found: dict[str, Any] = dict(method.structure)
+    return _accuracy(model, data, run), [int(index) for index in found["chosen"]], float(found["entropy"])
 
 
 def random_assignments(structure: object, config: FLIQSConfig, target: float, count: int, seed: int) -> list[list[int]]:
@@ -147,11 +181,11 @@ def _train(model: nn.Module, data: Data, seed: int, method: FLIQS | None) -> tup
     return model.eval(), run
 
 
-def _fixed(base: nn.Module, data: Data, seed: int, choices: list[int]) -> float:
+def _fixed(base: nn.Module, data: Data, seed: int, config: FLIQSConfig, choices: list[int]) -> float:
     """Return the accuracy of a network trained at fixed formats."""
     structure: dict[str, object] = {}
     run = _run(data, seed)
-    model = insert(copy.deepcopy(base), FLIQSConfig(formats=FORMATS), structure, run)
+    model = insert(copy.deepcopy(base), config, structure, run)
     set_choices(model, structure, choices)
     Training(model, run, Plugins([], extensions=())).run_all()
     reestimate_batch_norm(model, run.batches("train", 1024, 64), lambda batch: run.forward(model, batch))

@@ -53,6 +53,24 @@ class FLIQS(Method[FLIQSConfig]):
             seeds=(0, 1, 2),
             minutes=10,
         ),
+        Claim(
+            id="floating",
+            statement="A search over FP4, FP8 and integers is at least as good as each of them everywhere at equal cost.",
+            run="eff_quant_fliqs.claims:floating",
+            checks=(
+                Check(left="searched_4", right="int4"),
+                Check(left="searched_4", right="e2m1"),
+                Check(left="searched_8", right="int8"),
+                Check(left="searched_8", right="e4m3"),
+                Check(left="searched_6", right="e4m3", margin=-0.5),
+                Check(left="searched_4_cost", right="uniform_4_cost", relation="at_most"),
+            ),
+            paper="ImageNet ResNet-18, widest point: 75.26 % at cost 128; E2M1 74.22 % at 113, E4M3 75.43 % at 452 (plot script).",
+            unit="% accuracy",
+            units={"cost": "", "floating": "%"},
+            seeds=(0, 1, 2, 3),
+            minutes=3,
+        ),
     )
     sample: ClassVar = Sample(
         model="eff.testing.samples:tiny_cnn",

@@ -17,6 +17,7 @@ from eff_quant_kit.packed import sizes
 
 SAMPLES = 256
 DRAWS = 24
+MARKERS = "soD^vP"
 
 
 def describe(model: nn.Module, config: FLIQSConfig, structure: Mapping[str, Any]) -> Metrics:
@@ -92,14 +93,15 @@ def draw(points: list[tuple[str, float, float]], target: float, path: Path) -> N
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     random = [point for point in points if point[0] == "random"]
     axes.scatter([p[1] for p in random], [p[2] for p in random], s=18, color="0.7", label="random formats")
-    for kind, x, y in points:
-        if kind in ("random", "found"):
-            continue
-        axes.scatter([x], [y], s=45, marker="s", color="C0")
-        axes.annotate(kind, (x, y), xytext=(6, 6), textcoords="offset points", fontsize=9)
+    uniform = [point for point in points if point[0] not in ("random", "found")]
+    for index, (kind, x, y) in enumerate(
+        uniform
+    ):  # formats of equal cost lie close: the legend names them, not the plot
+        marker, colour = MARKERS[index % len(MARKERS)], f"C{index % 10}"
+        axes.scatter([x], [y], s=45, marker=marker, facecolors="none", edgecolors=colour, linewidths=1.8, label=kind)
     front, least = [], float("inf")
     for _, x, y in sorted(points, key=lambda point: (point[1], point[2])):
         if y < least:
@@ -107,12 +109,12 @@ def draw(points: list[tuple[str, float, float]], target: float, path: Path) -> N
             front.append((x, y))
     axes.plot([x for x, _ in front], [y for _, y in front], color="0.5", linewidth=1, label="front")
     _, x, y = points[0]
-    axes.scatter([x], [y], s=90, marker="*", color="C3", label="found by the policy", zorder=4)
-    axes.axvline(target, color="C3", linestyle=":", linewidth=1, label="target")
+    axes.scatter([x], [y], s=110, marker="*", color="black", label="found by the policy", zorder=4)
+    axes.axvline(target, color="black", linestyle=":", linewidth=1, label="target")
     axes.set_xlabel("cost relative to 8 bits everywhere")
     axes.set_ylabel("loss on training samples")
     axes.set_title("Formats with the same shared weights")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=9)
     figure.savefig(path, dpi=120, format="png")
     pyplot.close(figure)

@@ -7,8 +7,11 @@ replace it, JSON details with a "kind" that names the decoder, and tables (scale
                 levels that are not evenly spaced, the table of their values. What QuantLayer holds.
     fixed       signed integers times a power of two, 2 to 32 bits each; where many are 0, a bit per place and the others.
     codebook    indices of codewords, ceil(log2 k) bits each, and their codebooks in float16
+    scales      scales of several quantizers in one entry; 0 where one is not initialised
+    norms       sets of a batch norm in one entry, each as a factor and a summand by channel (S, 2, C)
 
-Batch-norm counters are kept, so the file restores the whole model.
+Batch norms that are packed so come back without their statistics: the same function, but not one to train on. Others are kept
+with their counters, so the file restores the whole model.
 """
 
 from __future__ import annotations
@@ -39,11 +42,13 @@ class Packed:
     """What the file holds instead of one entry of the state dict."""
 
     data: Tensor
-    """uint8 vector."""
+    """uint8 vector; of scales and norms, floats."""
     details: dict[str, Any]
     """JSON values; "kind" names the decoder in `DECODERS`."""
     tables: dict[str, Tensor] = field(default_factory=dict)
     """Entries of the state dict, by their full key, that the file holds in another dtype; counted with the scales."""
+    replaces: tuple[str, ...] = ()
+    """Other entries of the state dict that `data` holds too; the file leaves them out."""
 
 
 def packed_codes(codes: Tensor, k: int, tables: dict[str, Tensor], op_bits: int | None = None) -> Packed:
@@ -86,6 +91,28 @@ def packed_fixed(codes: Tensor, bits: int, exponent: int, dtype: torch.dtype) ->
     return Packed(pack_indices(lifted, 2**bits), details)
 
 
+def packed_scales(quantizers: nn.ModuleDict, prefix: str) -> dict[str, Packed]:
+    """Return how the scales, 0-dim, of `quantizers`, whose keys begin with `prefix`, are one entry."""
+    scales = [q.scale.detach() * q.initialised for q in quantizers.values()]  # type: ignore[union-attr, operator]
+    keys = [f"{prefix}{name}.{entry}" for name in quantizers for entry in ("scale", "initialised")]
+    details = {"kind": "scales", "prefix": prefix, "names": list(quantizers)}
+    return {keys[0]: Packed(torch.stack(scales).cpu(), details, replaces=tuple(keys[1:]))}
+
+
+def packed_norms(norms: nn.ModuleDict, sets: Tensor, prefix: str) -> dict[str, Packed]:
+    """Return how batch norms, whose keys begin with `prefix`, are the one entry `sets` (S, 2, C) of factors and summands."""
+    first: Any = next(iter(norms.values()))
+    keys = [f"{prefix}{name}.{entry}" for name, norm in norms.items() for entry in norm.state_dict()]
+    details = {
+        "kind": "norms",
+        "prefix": prefix,
+        "names": list(norms),
+        "eps": first.eps,
+        "dtype": _name(first.weight.dtype),
+    }
+    return {keys[0]: Packed(sets.detach().cpu().contiguous(), details, replaces=tuple(keys[1:]))}
+
+
 def in_half_precision(table: Tensor) -> Tensor:
     """Return `table` rounded to what float16 holds, in its own dtype."""
     return table.half().to(table.dtype)
@@ -112,6 +139,7 @@ def pack_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     details: dict[str, Any] = {}
     for key, part in packed_parts(model).items():
+        state = {name: value for name, value in state.items() if name not in part.replaces}
         state |= {key: part.data, **part.tables}
         details[key] = part.details
     return state, details
@@ -198,10 +226,37 @@ def _decode_fixed(tensors: dict[str, Tensor], key: str, item: dict[str, Any]) ->
     return {key: torch.ldexp(codes.double(), torch.tensor(item["exponent"])).to(getattr(torch, item["dtype"]))}
 
 
+def _decode_scales(tensors: dict[str, Tensor], key: str, item: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the scales one by one, with whether they are initialised."""
+    found = {}
+    for name, scale in zip(item["names"], tensors[key], strict=True):
+        known = scale > 0
+        found[f"{item['prefix']}{name}.scale"] = torch.where(known, scale, torch.ones_like(scale))
+        found[f"{item['prefix']}{name}.initialised"] = known
+    return found
+
+
+def _decode_norms(tensors: dict[str, Tensor], key: str, item: dict[str, Any]) -> dict[str, Tensor]:
+    """Return sets whose statistics are mean 0 and deviation 1, so that they multiply and add alone."""
+    found = {}
+    for name, (factor, summand) in zip(item["names"], tensors[key].to(getattr(torch, item["dtype"])), strict=True):
+        entries = {
+            "weight": factor,
+            "bias": summand,
+            "running_mean": torch.zeros_like(factor),
+            "running_var": torch.full_like(factor, 1 - item["eps"]),
+            "num_batches_tracked": torch.zeros((), dtype=torch.int64),
+        }
+        found |= {f"{item['prefix']}{name}.{entry}": value.clone() for entry, value in entries.items()}
+    return found
+
+
 DECODERS: dict[str, Callable[[dict[str, Tensor], str, dict[str, Any]], dict[str, Tensor]]] = {
     "levels": _decode_levels,
     "fixed": _decode_fixed,
     "codebook": _decode_codebook,
+    "scales": _decode_scales,
+    "norms": _decode_norms,
 }
 """Kind -> function(tensors of the file, key, details of that key) -> entries of the state dict."""
 
@@ -239,7 +294,8 @@ def sizes(model: nn.Module) -> dict[str, int]:
     codes = scales = rest = 0
     for key, value in state.items():
         bytes_ = value.numel() * value.element_size()
-        if key in parts:
+        kind = parts[key].details["kind"] if key in parts else ""
+        if kind in ("levels", "fixed", "codebook"):
             codes += bytes_
         elif key in tables or (quantizers and key.startswith(quantizers)):
             scales += bytes_
