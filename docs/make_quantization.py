@@ -1,11 +1,11 @@
 """Write docs/quantization.md: the quantization methods side by side, by `eff compare` and `eff apply`.
 
-    python docs/make_quantization.py [--only classifier|denoiser|integers|others|times] [--threads 1]
+    python docs/make_quantization.py [--only classifier|denoiser|integers|networks|others|times] [--threads 1]
 
 Classifiers: zoo:digits_cnn trained on scikit-learn's digits for 12 epochs. Denoisers: diffusion:digits_dit trained on them for
 60. Then every method runs on the one it is for, with exports; those for other models run on a small one of their kind. Some
-eight minutes. `--only` makes one part anew and keeps the others of the page. Times per layer are those that
-benchmarks/time_per_layer.py has recorded.
+eight minutes. `--only` makes one part anew and keeps the others of the page. Trained networks and times per layer are what
+benchmarks/post_training.py and benchmarks/time_per_layer.py have recorded.
 """
 
 import argparse
@@ -97,6 +97,15 @@ SAMPLES = 256
 REPETITIONS = 15
 
 
+NETWORKS = """## Trained networks
+
+Accuracy of pretrained networks after post-training quantization, from `python benchmarks/post_training.py`: 256 unlabelled samples to
+calibrate on, weights of all layers at W bits and inputs at A bits. **min-max** and **searched scales** round to nearest; **adaquant
+light** is min-max with norm tuning, **adaquant** trains layers too; **adaround** and **gradptq** learn the rounding on the searched
+scales, **by importance** with 2 to 8 bits by layer, as many on average. The records, with bytes, time per layer and numbers of
+samples, are `benchmarks/results/post-training-*.json`.
+"""
+
 TIMES = """## Time per layer
 
 From `python benchmarks/time_per_layer.py` ({first[date]}, {first[device]}, {first[threads]} thread(s)): a whole calibration with few steps and
@@ -157,12 +166,14 @@ OTHERS = {
 def main() -> None:
     """Make the parts and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=[*MODELS, "integers", "others", "times"], help="the part to make anew")
+    parser.add_argument(
+        "--only", choices=[*MODELS, "integers", "networks", "others", "times"], help="the part to make anew"
+    )
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     makers = {name: lambda name=name: model_part(*MODELS[name]) for name in MODELS}
-    makers |= {"integers": integers_part, "others": others_part, "times": times_part}
+    makers |= {"integers": integers_part, "networks": networks_part, "others": others_part, "times": times_part}
     page = Path(__file__).with_name("quantization.md")
     old = kept(page) if arguments.only else []
     if arguments.only and len(old) != len(makers):
@@ -191,7 +202,9 @@ def model_part(
     rows = [row + beside(result.rows[0], one) for row, one in zip(rows, result.rows, strict=True)]
     places = [headers.index(column) for column in COLUMNS if column in headers]
     table = [[row[i] if i < len(row) else "" for i in places] for row in rows]
-    return f"## {title}: `{source}`, {epochs} epochs on `{data}`\n\n" + markdown_table([headers[i] for i in places], table)
+    return f"## {title}: `{source}`, {epochs} epochs on `{data}`\n\n" + markdown_table(
+        [headers[i] for i in places], table
+    )
 
 
 def beside(plain: ComparisonRow, row: ComparisonRow) -> list[str]:
@@ -233,7 +246,18 @@ def integers_part() -> str:
         with tempfile.TemporaryDirectory() as name:
             compared(source, data, training, (INT8,), ("packed", "onnx"), Path(name), TrainOptions(epochs=0))
             rows += integer_rows(source, Path(name))
-    headers = ["", "on", "float, 1 sample", "8 bits", "which is", "float, 64 samples", "8 bits", "which is", "agrees", "as float"]
+    headers = [
+        "",
+        "on",
+        "float, 1 sample",
+        "8 bits",
+        "which is",
+        "float, 64 samples",
+        "8 bits",
+        "which is",
+        "agrees",
+        "as float",
+    ]
     return INTEGERS.format(setting=INT8, count=SAMPLES) + markdown_table(headers, rows)
 
 
@@ -303,6 +327,30 @@ def turned(spec: DataSpec, task: TaskSpec | None) -> Data:
     return Data(spec, whole.task, Turned(train, range(150)), Turned(test, range(len(test))))
 
 
+def networks_part() -> str:
+    """Return what the benchmark of post-training quantization has recorded, a table per network."""
+    parts = [NETWORKS]
+    for what, title in (("cifar", "ResNet-20, CIFAR-10"), ("photos", "EfficientNet-Lite0, photos")):
+        rows = recorded(f"post-training-{what}")
+        first = next(iter(rows.values()))
+        widths = [name for name in ("W8A8", "W4A8", "W4A4") if any(key.startswith(name) for key in rows)]
+        settings = dict.fromkeys(key.partition(" ")[2] for name in widths for key in rows if key.startswith(name))
+        lines = []
+        for setting in sorted(settings, key=lambda text: text != "min-max, nearest"):
+            found = [rows.get(f"{name} {setting}") for name in widths]
+            lines.append([setting, *(f"{row['after']:.2f} %" if row else "not run" for row in found)])
+        heading = f"### {title}: {first['before']:.2f} % in float, {first['iters']} steps a layer where a method trains"
+        parts.append(f"{heading}\n\n{markdown_table(['', *widths], lines)}")
+    return "\n".join(parts)
+
+
+def recorded(what: str) -> dict[str, Any]:
+    """Return the rows of a benchmark's record."""
+    file = Path(__file__).parents[1] / "benchmarks" / "results" / f"{what}.json"
+    rows: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return rows
+
+
 def others_part() -> str:
     """Return one table per method for another kind of model: everything it measures, before and after."""
     text = "## Methods for other models\n\nA column per setting, the float model first; every figure that the method's run reports.\n"
@@ -334,18 +382,19 @@ def other_table(other: Other, folder: Path) -> str:
 
 def times_part() -> str:
     """Return the times per layer that the benchmark has recorded."""
-    file = Path(__file__).parents[1] / "benchmarks" / "results" / "time-per-layer.json"
-    recorded = json.loads(file.read_text(encoding="utf-8"))
+    measured = recorded("time-per-layer")
     rows = []
     for kind in ("calibration", "training", "reading"):
-        for name, row in recorded.items():
+        for name, row in measured.items():
             if row["kind"] == kind:
                 in_seconds = "seconds" in row
                 own = f"{row['seconds_per_layer']:.3f} s" if in_seconds else f"{row['ms_per_layer']:.2f} ms"
-                float_one = ["-", "-"] if in_seconds else [f"{row['float_ms_per_layer']:.2f} ms", pace(row["over_float"])]
+                float_one = (
+                    ["-", "-"] if in_seconds else [f"{row['float_ms_per_layer']:.2f} ms", pace(row["over_float"])]
+                )
                 rows.append([name, kind, f"`{row['model']}`", str(row["layers"]), own, *float_one])
     headers = ["", "what", "model", "layers", "per layer", "float, per layer", "which is"]
-    return TIMES.format(first=recorded["quant_lsq"]) + markdown_table(headers, rows)
+    return TIMES.format(first=measured["quant_lsq"]) + markdown_table(headers, rows)
 
 
 if __name__ == "__main__":

@@ -55,10 +55,12 @@ def test_a_part_of_the_quantization_page_is_made_anew_and_the_others_stay(make_q
     page = FOLDER.parent / "docs" / "quantization.md"
     parts = make_quantization.kept(page)
     assert [part.split(":")[0].splitlines()[0] for part in parts] == [
-        "## A classifier", "## A denoiser", "## Integers beside float", "## Methods for other models", "## Time per layer",
+        "## A classifier", "## A denoiser", "## Integers beside float", "## Trained networks", "## Methods for other models",
+        "## Time per layer",
     ]  # fmt: skip
     assert page.read_text(encoding="utf-8").endswith("\n".join(parts))
-    assert parts[-1] == make_quantization.times_part()  # the page shows what the record holds
+    assert parts[-1] == make_quantization.times_part()  # the page shows what the records hold
+    assert parts[3] == make_quantization.networks_part()
 
 
 def test_the_quantization_page_measures_every_method(make_quantization):
