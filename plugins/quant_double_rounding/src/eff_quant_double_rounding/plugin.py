@@ -67,7 +67,7 @@ class DoubleRounding(Method[DoubleRoundingConfig]):
                 Check(left="wide_all", right="wide_8_alone", relation="at_most"),
                 Check(left="wide_all", right="wide_four_files", relation="at_most"),
             ),
-            paper="Only the 8-bit weights are stored; the norms of each width are not counted.",
+            paper="The integers of the highest width are the only weights stored; norms and scales are one set per width.",
             unit="B",
             seeds=(0,),
             minutes=1,
