@@ -16,7 +16,8 @@ from eff.data.text import encode, read_text
 from eff.errors import DataError, UnsupportedModelError
 from eff.files import atomic_path
 from eff.schemas import Metric, Metrics, Schema
-from eff.tasks import Prediction, Task
+from eff.tasks import Prediction, Task, first_sample
+from eff.text import check_text
 from eff.tokenizing import BYTES, Tokenizer, load_tokenizer, pinned
 
 INPUTS = ("input_ids", "attention_mask")
@@ -154,15 +155,8 @@ class LanguageModeling(Task[LanguageModelingOptions]):
 
     def check_fit(self, model: nn.Module, data: Data) -> None:
         """Run a sample through; compare tokenizers and the number of outputs."""
-        if data.task.name != self.name:
-            raise DataError(f"data '{data.spec}' is for {data.task.name}, the model for {self.name}")
-        if data.task.options.get("tokenizer") != self.options.tokenizer:
-            raise DataError(
-                f"data '{data.spec}' is tokenized by {data.task.options.get('tokenizer')}, "
-                f"the model reads {self.options.tokenizer}; leave ?tokenizer= out"
-            )
-        split = data.test if data.test is not None else data.split("train")
-        output = self._try(model, split.batch([0]))
+        check_text(data, self.name, self.options.tokenizer)
+        output = self._try(model, first_sample(data))
         size = self.tokenizer.size
         if not isinstance(output, Tensor) or output.ndim != 3:
             raise UnsupportedModelError(
@@ -175,12 +169,8 @@ class LanguageModeling(Task[LanguageModelingOptions]):
             )
 
     def _try(self, model: nn.Module, batch: dict[str, Any]) -> object:
-        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        was_training = model.training
-        model.eval()
         try:
-            with torch.no_grad():
-                return self.forward(model, {name: value.to(device) for name, value in batch.items()})
+            return self.tried(model, batch)
         except TypeError as error:
             raise UnsupportedModelError(
                 f"{type(model).__name__} does not take {' and '.join(INPUTS)} ({error}); it is no language model"
@@ -190,5 +180,3 @@ class LanguageModeling(Task[LanguageModelingOptions]):
                 f"{type(model).__name__} fails on {batch['input_ids'].shape[1]} tokens of '{self.options.tokenizer}' "
                 f"({str(error).splitlines()[0]}); use a smaller ?length= or the model's own tokenizer"
             ) from error
-        finally:
-            model.train(was_training)

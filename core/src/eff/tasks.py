@@ -130,6 +130,45 @@ class Task(ABC, Generic[OptionsT]):
             UnsupportedModelError: the model's output is not what the task needs.
         """
 
+    def tried(self, model: nn.Module, batch: Batch) -> Any:
+        """Return the output for a batch in eval mode, without gradients; the model's mode comes back. For `check_fit`."""
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                return self.forward(
+                    model,
+                    {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()},
+                )
+        finally:
+            model.train(was_training)
+
+
+def first_sample(data: Data) -> Batch:
+    """Return a batch of one sample, of the test split where there is one."""
+    return (data.test if data.test is not None else data.split("train")).batch([0])
+
+
+def check_image_shape(data: Data, batch: Batch, expected: tuple[int, ...]) -> None:
+    """Raise DataError unless the images of a batch of `data` have the shape (C, H, W) that a model expects."""
+    found = tuple(batch["image"].shape[1:])
+    if found != expected:
+        raise DataError(
+            f"data '{data.spec}' has images of shape {found}, the model expects {expected} "
+            "(channels, height, width); use data of that shape or add ?size= to the data"
+        )
+
+
+def check_class_count(data: Data, known: int) -> None:
+    """Raise DataError where `data` has more classes than a model, which knows `known`."""
+    classes = data.task.options.get("classes")
+    if isinstance(classes, (list, tuple)) and len(classes) > known:
+        raise DataError(
+            f"data '{data.spec}' has {len(classes)} classes, the model {known}; "
+            "use the data the model was made for, or train a model with that many outputs"
+        )
+
 
 class ClassificationOptions(Schema):
     """What a classifier's file remembers."""
@@ -252,26 +291,10 @@ class Classification(Task[ClassificationOptions]):
 
     def check_fit(self, model: nn.Module, data: Data) -> None:
         """Run one sample through; compare shape, labels and number of outputs."""
-        split = data.test if data.test is not None else data.split("train")
-        sample = split.batch([0])
-        found = tuple(sample["image"].shape[1:])
-        if found != self.options.input_shape:
-            raise DataError(
-                f"data '{data.spec}' has images of shape {found}, the model expects {self.options.input_shape} "
-                "(channels, height, width); use data of that shape or add ?size= to the data"
-            )
-        classes = data.task.options.get("classes")
-        if isinstance(classes, (list, tuple)) and len(classes) > len(self.options.classes):
-            raise DataError(
-                f"data '{data.spec}' has {len(classes)} classes, the model {len(self.options.classes)}; "
-                "use the data the model was made for, or train a model with that many outputs"
-            )
-        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        was_training = model.training
-        model.eval()
-        with torch.no_grad():
-            output = self.forward(model, {"image": sample["image"].to(device)})
-        model.train(was_training)
+        sample = first_sample(data)
+        check_image_shape(data, sample, self.options.input_shape)
+        check_class_count(data, len(self.options.classes))
+        output = self.tried(model, {"image": sample["image"]})
         if not isinstance(output, Tensor) or output.ndim != 2:
             raise UnsupportedModelError(
                 f"{type(model).__name__} does not return logits of shape (N, classes); it is no classifier"

@@ -14,7 +14,7 @@ from eff.data import Batch, Data
 from eff.data.text import encode, read_text
 from eff.errors import DataError, UnsupportedModelError
 from eff.schemas import Schema
-from eff.tasks import ClassificationMeter, Prediction, Task
+from eff.tasks import ClassificationMeter, Prediction, Task, check_class_count
 from eff.tokenizing import DEFAULT, Tokenizer, load_tokenizer, pinned
 
 INPUTS = ("input_ids", "attention_mask")
@@ -109,19 +109,8 @@ class TextClassification(Task[TextClassificationOptions]):
                 f"{type(model).__name__} takes ({', '.join(takes[:3])}); a text classifier takes "
                 "(input_ids, attention_mask) first, as encoders such as BERT do"
             )
-        if data.task.name != self.name:
-            raise DataError(f"data '{data.spec}' is for {data.task.name}, the model for {self.name}")
-        if data.task.options.get("tokenizer") != self.options.tokenizer:
-            raise DataError(
-                f"data '{data.spec}' is tokenized by {data.task.options.get('tokenizer')}, "
-                f"the model reads {self.options.tokenizer}; leave ?tokenizer= out"
-            )
-        classes = data.task.options.get("classes")
-        if isinstance(classes, (list, tuple)) and len(classes) > len(self.options.classes):
-            raise DataError(
-                f"data '{data.spec}' has {len(classes)} classes, the model {len(self.options.classes)}; "
-                "use the data the model was made for, or train a model with that many outputs"
-            )
+        check_text(data, self.name, self.options.tokenizer)
+        check_class_count(data, len(self.options.classes))
         output = self._try(model)
         if not isinstance(output, Tensor) or output.ndim != 2:
             raise UnsupportedModelError(
@@ -134,17 +123,21 @@ class TextClassification(Task[TextClassificationOptions]):
             )
 
     def _try(self, model: nn.Module) -> object:
-        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        inputs = [value.to(device) for value in self.example_inputs(1)]
-        was_training = model.training
-        model.eval()
         try:
-            with torch.no_grad():
-                return self.forward(model, dict(zip(INPUTS, inputs, strict=True)))
+            return self.tried(model, dict(zip(INPUTS, self.example_inputs(1), strict=True)))
         except (IndexError, RuntimeError) as error:  # what an embedding raises beyond its table
             raise DataError(
                 f"{type(model).__name__} fails on {self.options.max_length} tokens of '{self.options.tokenizer}' "
                 f"({str(error).splitlines()[0]}); use a smaller ?max_length= or the model's own tokenizer"
             ) from error
-        finally:
-            model.train(was_training)
+
+
+def check_text(data: Data, task: str, tokenizer: str) -> None:
+    """Raise DataError where `data` are for another task than a model, or in other tokens than it reads."""
+    if data.task.name != task:
+        raise DataError(f"data '{data.spec}' is for {data.task.name}, the model for {task}")
+    if data.task.options.get("tokenizer") != tokenizer:
+        raise DataError(
+            f"data '{data.spec}' is tokenized by {data.task.options.get('tokenizer')}, "
+            f"the model reads {tokenizer}; leave ?tokenizer= out"
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from eff.data import Batch, Data
 from eff.data.images import native_shape
 from eff.errors import DataError, UnsupportedModelError
 from eff.schemas import Metric, Metrics, Schema
-from eff.tasks import Prediction, Task
+from eff.tasks import Prediction, Task, check_class_count, check_image_shape, first_sample
 from eff_quant_codenet.centernet import Detections, decode, detection_loss, make_targets
 from eff_quant_codenet.precision import PrecisionMeter
 
@@ -167,23 +166,10 @@ class Detection(Task[DetectionOptions]):
     def check_fit(self, model: nn.Module, data: Data) -> None:
         """Run one sample through; compare shapes, classes and the size of the output."""
         options = self.options
-        split: Any = data.test if data.test is not None else data.split("train")
-        sample = split.batch([0])
-        found = tuple(sample["image"].shape[1:])
-        if found != options.input_shape:
-            raise DataError(
-                f"data '{data.spec}' has images of shape {found}, the model expects {options.input_shape} "
-                "(channels, height, width); use data of that shape or add ?size= to the data"
-            )
-        classes = data.task.options.get("classes")
-        if isinstance(classes, (list, tuple)) and len(classes) > len(options.classes):
-            raise DataError(f"data '{data.spec}' has {len(classes)} classes, the model {len(options.classes)}")
-        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        was_training = model.training
-        model.eval()
-        with torch.no_grad():
-            output = self.forward(model, {"image": sample["image"].to(device)})
-        model.train(was_training)
+        sample = first_sample(data)
+        check_image_shape(data, sample, options.input_shape)
+        check_class_count(data, len(options.classes))
+        output = self.tried(model, {"image": sample["image"]})
         expected = (1, len(options.classes) + 4, *(-(-side // options.stride) for side in options.input_shape[1:]))
         if not isinstance(output, Tensor) or tuple(output.shape) != expected:
             shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__

@@ -1,8 +1,10 @@
 """The claims at desk scale, on digits at 16 x 16 with light noise; 20 epochs for every setting.
 
-`digits`: formats int2, int4 and int8, 1.1 times the cost of int4. Five convolutions and a linear layer (59 thousand weights), SGD 0.01 (core's 0.05 diverges with int2); first and last layer at int8 throughout. `random` is the mean over three assignments within 5 % of the target, each
-trained from scratch; `sensitivity` quantizes the float model without training, formats by each layer's own rise of the training
-loss; `retrained` trains anew at the formats found. The reward sees training batches alone.
+`digits`: formats int2, int4 and int8, 1.1 times the cost of int4. Five convolutions and a linear layer (59 thousand
+weights), SGD 0.01 (core's 0.05 diverges with int2); first and last layer at int8 throughout. `random` is the mean over
+three assignments within 5 % of the target, each trained from scratch; `sensitivity` quantizes the float model without
+training, formats by each layer's own rise of the training loss; `retrained` trains anew at the formats found. The reward
+sees training batches alone.
 
 `floating`: FP4 (e2m1, e3m0), FP8 (e4m3, e5m2), int4 and int8 in one search, on a net of 5 thousand weights, for which 4 bits are
 few. `searched_4` and `searched_8` search at the cost of 4 and of 8 bits everywhere, `searched_6` halfway; `retrained_4` trains

@@ -97,9 +97,8 @@ def draw(points: list[tuple[str, float, float]], target: float, path: Path) -> N
     random = [point for point in points if point[0] == "random"]
     axes.scatter([p[1] for p in random], [p[2] for p in random], s=18, color="0.7", label="random formats")
     uniform = [point for point in points if point[0] not in ("random", "found")]
-    for index, (kind, x, y) in enumerate(
-        uniform
-    ):  # formats of equal cost lie close: the legend names them, not the plot
+    # Formats of equal cost lie close: the legend names them, not the plot.
+    for index, (kind, x, y) in enumerate(uniform):
         marker, colour = MARKERS[index % len(MARKERS)], f"C{index % 10}"
         axes.scatter([x], [y], s=45, marker=marker, facecolors="none", edgecolors=colour, linewidths=1.8, label=kind)
     front, least = [], float("inf")

@@ -15,7 +15,7 @@ from eff.errors import DataError, RequestError, UnsupportedModelError, did_you_m
 from eff.files import atomic_path
 from eff.image_quality import WINDOW, psnr, ssim
 from eff.schemas import Metric, Metrics, Schema
-from eff.tasks import Prediction, Task
+from eff.tasks import Prediction, Task, check_image_shape, first_sample
 
 
 class TokenizationOptions(Schema):
@@ -112,29 +112,21 @@ class Tokenization(Task[TokenizationOptions]):
 
     def check_fit(self, model: nn.Module, data: Data) -> None:
         """Compare shapes and run one sample through."""
-        split = data.test if data.test is not None else data.split("train")
-        sample = split.batch([0])["image"]
-        found, expected = tuple(sample.shape[1:]), self.options.input_shape
-        if found != expected:
-            raise DataError(
-                f"data '{data.spec}' has images of shape {found}, the model expects {expected} (channels, height, width)"
-            )
+        batch = first_sample(data)
+        check_image_shape(data, batch, self.options.input_shape)
+        sample = batch["image"]
+        height, width = sample.shape[2:]
         factor = getattr(model, "factor", 1)
-        if any(side % factor for side in found[1:]):
+        if height % factor or width % factor:
             raise DataError(
-                f"data '{data.spec}' has images of {found[1]}x{found[2]}, the model reduces sides {factor} times; "
+                f"data '{data.spec}' has images of {height}x{width}, the model reduces sides {factor} times; "
                 f"use ?size= with a multiple of {factor}"
             )
-        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        was_training = model.training
-        model.eval()
-        with torch.no_grad():
-            output = self.forward(model, {"image": sample.to(device)})
-        model.train(was_training)
+        output = self.tried(model, {"image": sample})
         if not isinstance(output, Tensor) or output.shape != sample.shape:
             made = tuple(output.shape[1:]) if isinstance(output, Tensor) else type(output).__name__
             raise UnsupportedModelError(
-                f"{type(model).__name__} makes {made} of an image {found}; it does not reconstruct images"
+                f"{type(model).__name__} makes {made} of an image {tuple(sample.shape[1:])}; it does not reconstruct images"
             )
 
 

@@ -48,9 +48,8 @@ def nearest_code_kernel(
 def nearest_code(x: Tensor, codebook: Tensor, block: int, columns: int) -> Tensor:
     """Return (T,) for (T, d) and (N, d); what is subtracted before is rounded to the dtype of x, so half dtypes lose no range."""
     words = codebook.float()
-    centre = (
-        words.mean(0) if x.dtype == torch.float32 else torch.zeros_like(words[0])
-    )  # half dtypes hold no difference exactly
+    # Half dtypes hold no difference exactly.
+    centre = words.mean(0) if x.dtype == torch.float32 else torch.zeros_like(words[0])
     points, words = (x.float() - centre).to(x.dtype).contiguous(), (words - centre).to(x.dtype).contiguous()
     square = words.float().square().sum(1)
     out = torch.empty(len(x), dtype=torch.int64, device=x.device)
