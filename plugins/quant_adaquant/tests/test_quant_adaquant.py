@@ -36,6 +36,7 @@ from eff_quant_adaquant.quantizer import RangeLayer, RangeQuantizer, quantize, q
 from eff_quant_adaquant.tuning import tune_norms
 from eff_quant_kit.folding import fold_batch_norms
 from eff_quant_kit.layers import quant_layers
+from eff_quant_kit.walk import Walk
 
 EFF_PLUGIN = "quant_adaquant"
 QUICK = {"iters": 3, "bias_epochs": 1, "calib_size": 48, "batch": 16}
@@ -289,7 +290,7 @@ def test_norm_tuning_restores_the_statistics_and_keeps_the_codes():
         after = (layer.layer.weight / layer.weight_quantizer(layer.layer.weight)).nan_to_num()
         assert torch.allclose(after, codes[name], rtol=1e-4, atol=1e-4)
     for item in work.folded:
-        rows = work.calibration.record(model, item.layer, inputs=False).outputs.read(slice(0, 400))
+        rows = Walk(work.calibration, model).record(item.layer, inputs=False).outputs.read(slice(0, 400))
         mean, std = rows.mean((0, 2, 3)), rows.std((0, 2, 3))
         assert torch.allclose(mean, item.beta, atol=0.05 * float(item.gamma.abs().max()))
         assert torch.allclose(std, item.gamma.abs(), rtol=0.05, atol=1e-3)

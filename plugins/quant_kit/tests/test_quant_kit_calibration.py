@@ -18,6 +18,7 @@ from eff_quant_kit.folding import fold_batch_norms, fold_pairs
 from eff_quant_kit.layers import left_in_float
 from eff_quant_kit.neighbours import activations_after
 from eff_quant_kit.reconstruction import RowUnit
+from eff_quant_kit.walk import Walk
 
 
 class Branches(nn.Module):
@@ -89,11 +90,11 @@ def test_recorded_rows_are_the_layers_inputs_and_outputs_in_order(run):
     torch.manual_seed(0)
     model = trained_looking(Branches())
     with CalibrationSet(run, 50, 16) as calibration:
-        cache = calibration.record(model, "d")
+        cache = Walk(calibration, model).record("d")
         assert len(calibration) == len(cache.inputs) == len(cache.outputs) == 50
         rows = torch.tensor([49, 3, 20])
         assert torch.equal(model.d(cache.inputs.read(rows)), cache.outputs.read(rows))
-        again = calibration.record(model, "d", outputs=False)
+        again = Walk(calibration, model).record("d", outputs=False)
         assert torch.equal(again.inputs.read(slice(0, 50)), cache.inputs.read(slice(0, 50)))
         taken = cache.inputs.read(slice(0, 4))
         taken.zero_()
@@ -102,7 +103,7 @@ def test_recorded_rows_are_the_layers_inputs_and_outputs_in_order(run):
 
 def test_calls_of_a_shared_layer_are_recorded_jointly(run):
     with CalibrationSet(run, 40, 16) as calibration:
-        cache = calibration.record(trained_looking(Branches()), "shared")
+        cache = Walk(calibration, trained_looking(Branches())).record("shared")
         assert len(cache.inputs) == 80
 
 
@@ -113,14 +114,14 @@ def test_a_layer_that_is_never_reached_is_named(run):
         CalibrationSet(run, 40, 16) as calibration,
         pytest.raises(UnsupportedModelError, match="unused: .*never reaches"),
     ):
-        calibration.record(model, "unused")
+        Walk(calibration, model).record("unused")
 
 
 def test_nan_before_a_layer_is_named(run):
     model = trained_looking(Branches())
     model.a.weight.data.fill_(float("nan"))
     with CalibrationSet(run, 40, 16) as calibration, pytest.raises(RunError, match="c: its input holds NaN"):
-        calibration.record(model, "c")
+        Walk(calibration, model).record("c")
 
 
 class Tokens(nn.Module):
@@ -188,7 +189,7 @@ def test_errors_of_linear_layers_leave_padding_out():
             raise NotImplementedError
 
     with CalibrationSet(run, 6, 2) as calibration:
-        rows = calibration.record(model, "mix")
+        rows = Walk(calibration, model).record("mix")
         mask = calibration.mask_of(model.mix, rows.inputs)
         unit = Whole(rows.inputs, rows.outputs, 2, torch.device("cpu"), mask)
         x, y = unit.read(slice(0, 6))
@@ -196,7 +197,7 @@ def test_errors_of_linear_layers_leave_padding_out():
         tokens = torch.cat([model.embedding(made["input_ids"][made["attention_mask"].bool()]) for made in run.made])
         assert torch.equal(x, tokens)
         assert unit.held_out_error() == pytest.approx((tokens - model.mix(tokens)).square().mean().item(), rel=1e-5)
-        pooled = calibration.record(model, "head", outputs=False).inputs
+        pooled = Walk(calibration, model).record("head", outputs=False).inputs
         assert calibration.mask_of(model.head, pooled) is None  # one row per text, no tokens
 
 

@@ -25,6 +25,7 @@ from eff_quant_kit.layers import replace_module
 from eff_quant_kit.post_training import prepare
 from eff_quant_kit.reconstruction import UnitByUnit
 from eff_quant_kit.sensitivity import read_sensitivity
+from eff_quant_kit.walk import Walk
 
 BATCHES_PER_REPEAT, REPEATS = 3, 20
 BIAS_BATCH = 64
@@ -73,6 +74,7 @@ class Pipeline:
         if not run.restoring:
             measure_inputs(model, self.calibration, run)
             self._begin_candidate(0)
+        self.walk, self.float_walk = Walk(self.calibration, model), Walk(self.calibration, self.teacher)
         self.steps = UnitByUnit(config.steps_per_layer, self._open)
 
     def _check_metric(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
@@ -153,11 +155,13 @@ class Pipeline:
         candidate, position = divmod(number, len(self.order))
         if fresh and position == 0:
             self._begin_candidate(candidate)
+            self.walk.drop()
         self._set_bits(candidate)
         name = self.order[position]
-        source = self.model if self.config.mode == "sequential" else self.teacher
-        inputs = self.calibration.record(source, name, outputs=False).inputs
-        targets = self.calibration.record(self.teacher, name, inputs=False).outputs
+        sequential = self.config.mode == "sequential"
+        rows = self.float_walk.record(name, inputs=not sequential)
+        inputs = self.walk.record(name, outputs=False).inputs if sequential else rows.inputs
+        targets = rows.outputs
         assert targets is not None
 
         def done(unit: LayerUnit) -> None:
@@ -180,6 +184,8 @@ class Pipeline:
         """Choose bits, give each layer what was found for them, tune the norms; once."""
         if self.assembled:
             return
+        self.walk.drop()
+        self.float_walk.drop()
         for candidate, found in enumerate(self.found):
             if not found:  # the light pipeline, or no steps at all
                 self._begin_candidate(candidate)

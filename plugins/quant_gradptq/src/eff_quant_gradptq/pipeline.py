@@ -23,6 +23,7 @@ from eff_quant_kit.calibration import CalibrationSet, Rows
 from eff_quant_kit.layers import replace_module
 from eff_quant_kit.post_training import prepare
 from eff_quant_kit.reconstruction import UnitByUnit
+from eff_quant_kit.walk import Walk
 
 PLUGIN = "quant_gradptq"
 SCALE_SAMPLES = 1 << 16
@@ -67,6 +68,7 @@ class Pipeline:
             layer = RoundingLayer(found.layers[name], bits[name].to(run.device), config, config.act_bits, signed[name])
             replace_module(model, name, layer.to(run.device))
         self.units = unit_names(model, self.order, config.unit)
+        self.walk, self.float_walk = Walk(self.calibration, model), Walk(self.calibration, self.teacher)
         self.rounding = UnitByUnit(config.iters, self._open_rounding)
         self.scaling = UnitByUnit(config.act_iters, self._open_scaling)
         clipped = [self._layer(name).clipped() for name in self.order]
@@ -132,15 +134,13 @@ class Pipeline:
     def _open_rounding(self, number: int, fresh: bool) -> RoundingUnit:
         config, name = self.config, self.units[number]
         self._set_modes(number)
-        record = self.calibration.record
-        inputs = record(self.model if config.asymmetric_input else self.teacher, name, outputs=False).inputs
-        targets = record(self.teacher, name, inputs=False).outputs
-        assert targets is not None
-        float_inputs = record(self.teacher, name, outputs=False).inputs if config.augment == "qdrop" else None
+        rows = self.float_walk.record(name, inputs=not config.asymmetric_input or config.augment == "qdrop")
+        inputs = self.walk.record(name, outputs=False).inputs if config.asymmetric_input else rows.inputs
+        assert rows.outputs is not None
         original = self.teacher.get_submodule(name)
         unit = RoundingUnit(
-            self.model.get_submodule(name), inputs, targets, self._activation(name), config, self._done(name),
-            float_inputs, self._fisher(name) if config.loss == "fisher_diag" else None, original,
+            self.model.get_submodule(name), inputs, rows.outputs, self._activation(name), config, self._done(name),
+            rows.inputs if config.augment == "qdrop" else None, self._fisher(name) if config.loss == "fisher_diag" else None, original,
             self._whole(name, inputs) if config.loss == "head_mse" else None, self.calibration.mask_of(original, inputs),
         )  # fmt: skip
         if fresh:
@@ -217,13 +217,15 @@ class Pipeline:
     def _open_scaling(self, number: int, fresh: bool) -> InputScaleUnit:
         name = self.units[number]
         self._set_modes(len(self.units))
+        if number == 0:
+            self.walk.drop()  # inputs were not quantized so far
         for place, other in enumerate(self.units):
             for layer in rounding_layers(self.model.get_submodule(other)):
                 layer.quantizes_input = place <= number
         if fresh:
             self._first_scales(name)
-        inputs = self.calibration.record(self.model, name, outputs=False).inputs
-        targets = self.calibration.record(self.teacher, name, inputs=False).outputs
+        inputs = self.walk.record(name, outputs=False).inputs
+        targets = self.float_walk.record(name, inputs=False).outputs
         assert targets is not None
         mask = self.calibration.mask_of(self.teacher.get_submodule(name), inputs)
         return InputScaleUnit(
@@ -237,7 +239,7 @@ class Pipeline:
             quantizer = layer.input_quantizer
             assert quantizer is not None
             layer.quantizes_input = False
-            rows = self.calibration.record(self.model, name, outputs=False).inputs
+            rows = self.walk.record(name, outputs=False, unit=unit).inputs
             few = slice(0, min(len(rows), 64))
             mask = self.calibration.mask_of(layer.layer, rows)
             x = rows.read(few)
@@ -261,6 +263,7 @@ class Pipeline:
             layer.learned = torch.zeros_like(layer.learned)
         self._set_modes(len(self.units))
         if self.config.act_bits is not None:
+            self.walk.drop()
             for unit in self.units:
                 inside = rounding_layers(self.model.get_submodule(unit))
                 if any(

@@ -1,20 +1,15 @@
-"""Calibration data on disk: batches, and the inputs and outputs of one layer over them.
+"""Calibration data on disk: batches, and rows that were recorded over them.
 
-Everything that grows with the number of samples lies in files that are mapped into memory, so what stays in memory is
-one batch; the rest is the operating system's to keep or to drop. Rows have the same order in every recording, so inputs
-from one model and outputs from another belong together.
+Everything that grows with the number of samples lies in files, so what stays in memory is one batch; the rest is the
+operating system's to keep or to drop. Rows have the same order in every recording, so inputs
+from one model and outputs from another belong together (`walk.py` records).
 
 Texts come in batches of different lengths; where there is an attention mask, all tokens are brought to the longest length,
 masked: models do not see the padding, and errors of linear layers leave it out (`mask_of`).
-
-    with CalibrationSet(run, samples=256, batch_size=32) as calibration:
-        cache = calibration.record(float_model, "conv1")              # inputs (N, ...) and outputs (N, ...)
-        inputs = calibration.record(quantized_model, "conv1", outputs=False).inputs
 """
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from eff.data import Batch, batch_size_of, move_batch
-from eff.errors import DataError, RunError, UnsupportedModelError
+from eff.errors import DataError, UnsupportedModelError
 from eff.run import Run
 
 FEW = 32
@@ -65,12 +60,24 @@ class Rows:
         return self.count
 
     def read(self, index: Tensor | slice) -> Tensor:
-        """Return a copy of the rows of `index`; changing it in place does not touch the file."""
+        """Return a copy of the rows of `index`, numbers or a slice without steps; changing it does not touch the file."""
+        if isinstance(index, slice):
+            start, stop, _ = index.indices(self.count)
+            return self._read_run(start, max(0, stop - start))
         if self._mapped is None:
             size = self.count * int(torch.Size(self.shape).numel())
             flat = torch.from_file(str(self.path), shared=False, size=size, dtype=self.dtype)
             self._mapped = flat.view(self.count, *self.shape)
         return self._mapped[index].clone()
+
+    def _read_run(self, start: int, count: int) -> Tensor:
+        """Return rows that lie together: read, not mapped, so that what was read does not stay the process's memory."""
+        rows = torch.empty(count, *self.shape, dtype=self.dtype)
+        if rows.numel():
+            with self.path.open("rb") as file:
+                file.seek(start * rows[0].nbytes)
+                file.readinto(rows.view(-1).view(torch.uint8).numpy())
+        return rows
 
     def drop(self) -> None:
         """Delete the file."""
@@ -79,22 +86,8 @@ class Rows:
         self.count = 0
 
 
-class LayerRows:
-    """Inputs of a layer and what it made of them, sample by sample."""
-
-    def __init__(self, inputs: Rows, outputs: Rows | None):
-        self.inputs = inputs
-        self.outputs = outputs
-
-    def drop(self) -> None:
-        """Delete both files."""
-        self.inputs.drop()
-        if self.outputs is not None:
-            self.outputs.drop()
-
-
 class CalibrationSet:
-    """Batches of a split, read and decoded once; and recordings of layers over them."""
+    """Batches of a split, read and decoded once; and the files of what is recorded over them."""
 
     def __init__(self, run: Run, samples: int, batch_size: int = 32, split: str = "train", plugin: str = "calibration"):
         self.run = run
@@ -183,45 +176,10 @@ class CalibrationSet:
         batch: Batch = {key: rows.read(index) for key, rows in self.columns.items()}
         return move_batch(batch, self.run.device)
 
-    def record(self, model: nn.Module, name: str, inputs: bool = True, outputs: bool = True) -> LayerRows:
-        """Return inputs and outputs of one module of `model` over all samples, in eval mode.
-
-        The forward pass ends at the module. A module that one pass calls several times gives the rows of all its calls.
-
-        Raises:
-            UnsupportedModelError: the pass never calls it, or with inputs of several sizes.
-            RunError: NaN or infinity in what it is fed.
-        """
+    def new_rows(self, name: str) -> Rows:
+        """Return rows for recordings, deleted with the rest; `name` is what errors call them."""
         self._recordings += 1
-        stem = f"{self._recordings}-{name}"
-        taken = Rows(self.folder, f"{stem}.inputs")
-        made = Rows(self.folder, f"{stem}.outputs") if outputs else None
-        module = model.get_submodule(name)
-        single = _calls_once(model, module, self.run, next(iter(self)))
-
-        def keep(module: nn.Module, arguments: tuple[Any, ...], output: Any = None) -> None:
-            x = arguments[0]
-            if not bool(torch.isfinite(x).all()):
-                raise RunError(f"{name}: its input holds NaN or infinity; check the data and the layers before it")
-            if inputs:
-                taken.append(x)
-            if made is not None:
-                made.append(output[0] if isinstance(output, tuple) else output)
-            if single:
-                raise _Reached
-
-        handle = module.register_forward_hook(keep) if outputs else module.register_forward_pre_hook(keep)
-        was_training = model.training
-        model.eval()
-        try:
-            with torch.no_grad():
-                for batch in self:
-                    with contextlib.suppress(_Reached):
-                        self.run.forward(model, batch)
-        finally:
-            handle.remove()
-            model.train(was_training)
-        return LayerRows(taken, made)
+        return Rows(self.folder, f"{self._recordings}-{name}")
 
 
 def _lengthened(value: Tensor, length: int) -> Tensor:
@@ -236,29 +194,3 @@ def over_padding(x: Tensor, batch: Batch) -> Tensor:
     if mask is None or x.ndim != 3 or x.shape[:2] != mask.shape:
         return x
     return torch.where(mask[..., None].bool(), x, x[:, :1])
-
-
-class _Reached(Exception):
-    """Ends a forward pass at the layer that was asked for."""
-
-
-def _calls_once(model: nn.Module, module: nn.Module, run: Run, batch: Batch) -> bool:
-    """Whether a forward pass calls `module` exactly once.
-
-    Raises:
-        UnsupportedModelError: it never does.
-    """
-    calls = []
-    handle = module.register_forward_pre_hook(lambda *_: calls.append(1))
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            run.forward(model, {key: value[:1] if isinstance(value, Tensor) else value for key, value in batch.items()})
-    finally:
-        handle.remove()
-        model.train(was_training)
-    if not calls:
-        name = next((key for key, value in model.named_modules() if value is module), "?")
-        raise UnsupportedModelError(f"{name}: the forward pass never reaches it; exclude it")
-    return len(calls) == 1
