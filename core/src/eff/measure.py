@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from eff.data import Data, move_batch, ordered_batches
+from eff.modes import eval_mode
 from eff.run import Run
 from eff.schemas import Measurement, Metrics
 from eff.session import DEFAULT
@@ -27,14 +28,11 @@ def task_metrics(model: nn.Module, data: Data, run: Run) -> Metrics:
     split = data.split("test")
     size = max(run.train.batch_size or 64, 64)
     meter = run.task.meter()
-    was_training = model.training
-    model.eval()
     batches = run.log.track(ordered_batches(split, size), "evaluate", total=-(-len(split) // size))
-    with torch.inference_mode():
+    with eval_mode(model), torch.inference_mode():
         for batch in batches:
             moved = move_batch(batch, run.device)
             meter.update(run.forward(model, moved), moved)
-    model.train(was_training)
     return meter.compute()
 
 
@@ -80,11 +78,8 @@ class Latency:
 def time_forward(model: nn.Module, run: Run, samples: int = 1, budget_s: float = 0.3) -> Latency:
     """Time the forward pass on `samples` inputs after warm-up, for about `budget_s` seconds."""
     inputs = tuple(value.to(run.device) for value in run.task.example_inputs(samples))
-    was_training = model.training
-    model.eval()
-    with torch.inference_mode():
+    with eval_mode(model), torch.inference_mode():
         result = time_calls(lambda: model(*inputs), run.device, budget_s)
-    model.train(was_training)
     return result
 
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from eff.data import Batch, Data
 from eff.errors import DataError, RequestError, UnsupportedModelError
+from eff.modes import eval_mode
 from eff.schemas import Metric, Metrics, Schema, TaskSpec
 
 OptionsT = TypeVar("OptionsT", bound=Schema)
@@ -133,16 +134,11 @@ class Task(ABC, Generic[OptionsT]):
     def tried(self, model: nn.Module, batch: Batch) -> Any:
         """Return the output for a batch in eval mode, without gradients; the model's mode comes back. For `check_fit`."""
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        was_training = model.training
-        model.eval()
-        try:
-            with torch.no_grad():
-                return self.forward(
-                    model,
-                    {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()},
-                )
-        finally:
-            model.train(was_training)
+        with eval_mode(model), torch.no_grad():
+            return self.forward(
+                model,
+                {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()},
+            )
 
 
 def first_sample(data: Data) -> Batch:

@@ -55,7 +55,9 @@ class Several(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Identity(), nn.ReLU(inplace=True))
+        self.stem = nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Identity(), nn.ReLU(inplace=True)
+        )
         self.body = nn.Sequential(InPlace(4), nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU()), InPlace(4))
         self.changing = Changing(4)
         self.shared = nn.Conv2d(4, 4, 1)
@@ -164,6 +166,36 @@ def test_each_layer_is_computed_a_few_times_however_deep_the_network(run):
             assert len(list(calibration.folder.glob("*kept"))) <= 2, name  # the block before, and within the block
     # once when it is recorded and once when the next layer is; a pass per layer would be depth times
     assert set(calls) == set(order) and max(calls.values()) <= 2 * batches
+
+
+class Bottleneck(nn.Module):
+    """Three layers and a skip connection, called by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(4, 8, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        return self.act(self.c(self.act(self.b(self.act(self.a(x))))) + x)
+
+
+def test_only_outputs_that_are_used_again_are_kept(run):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 1), Bottleneck(), Bottleneck(), nn.Flatten(), nn.Linear(256, 10))
+    kept = {}
+    with CalibrationSet(run, SAMPLES, BATCH) as calibration:
+        walk = Walk(calibration, model)
+        for name in order_of(run, model):
+            walk.record(name).drop()
+            names = {module: name for name, module in model.named_modules()}
+            kept[name] = sorted(names[module] for module in walk._kept)
+    assert kept["1.a"] == ["0"]
+    assert kept["1.c"] == ["0", "1.b"]  # the skip connection; that of a is used by b alone
+    assert kept["2.a"] == ["1"]
+    assert kept["2.c"] == ["1", "2.b"]
+    assert kept["4"] == ["2"]
+    walked(run, model, order_of(run, model))
 
 
 def test_going_back_begins_anew(run):

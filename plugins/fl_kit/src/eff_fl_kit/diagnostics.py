@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from eff.data import batch_size_of, move_batch, ordered_batches
+from eff.modes import eval_mode
 from eff.run import Run
 from eff.schemas import Metric, Metrics
 from eff_fl_kit.flat import flat_weights, flattened, frozen_statistics
@@ -50,24 +51,19 @@ def _batches(run: Run, samples: int) -> Any:
 
 def train_loss(model: nn.Module, run: Run, samples: int = _SAMPLES) -> float:
     """Return the mean loss over (the first 10,000 of) the training samples, in eval mode."""
-    was_training = model.training
-    model.eval()
     total, count = 0.0, 0
-    with torch.inference_mode():
+    with eval_mode(model), torch.inference_mode():
         for batch in _batches(run, samples):
             size = batch_size_of(batch)
             total += size * float(run.task.loss(run.forward(model, batch), batch))
             count += size
-    model.train(was_training)
     return total / max(1, count)
 
 
 def sharpness(model: nn.Module, run: Run, radius: float, samples: int = 1024) -> float:
     """Return the largest rise of the training loss along its gradient, up to `radius` away (in eval mode)."""
-    was_training = model.training
-    model.eval()
     start: Tensor = flat_weights(model)
-    with flattened(model) as flat, frozen_statistics(model):
+    with eval_mode(model), flattened(model) as flat, frozen_statistics(model):
         base = 0.0
         count = 0
         for batch in _batches(run, samples):
@@ -82,7 +78,6 @@ def sharpness(model: nn.Module, run: Run, radius: float, samples: int = 1024) ->
             flat.weights.copy_(start).add_(direction, alpha=share * radius)
             rises.append(train_loss(model, run, samples) - base / max(1, count))
         flat.weights.copy_(start)
-    model.train(was_training)
     return max(rises)
 
 

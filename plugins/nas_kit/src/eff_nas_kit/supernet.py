@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from eff.modes import eval_mode
 from eff_nas_kit.layers import ENTANGLED, DepthMixture, Entangled, Selection
 from eff_nas_kit.slicing import sliced_layer
 from eff_nas_kit.space import Chosen
@@ -103,17 +104,15 @@ def recalibrate(model: nn.Module, batches: Iterable[object], forward: Callable[[
     norms = [m for m in model.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)) and m.track_running_stats]
     if not norms:
         return 0
-    was_training = model.training
-    model.eval()
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a cumulative mean
-        norm.train()
-    with torch.no_grad():
-        for batch in batches:
-            forward(model, batch)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    model.train(was_training)
+    with eval_mode(model):
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a cumulative mean
+            norm.train()
+        with torch.no_grad():
+            for batch in batches:
+                forward(model, batch)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
     return len(norms)

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from eff.errors import ConfigError, UnsupportedModelError, did_you_mean
+from eff.modes import eval_mode
 from eff_nas_kit.slicing import same_padding
 from eff_nas_kit.space import Axis, Choice, LayerChoices, SearchSpace
 
@@ -97,9 +98,7 @@ def find_space(model: nn.Module, example: Sequence[Tensor], options: SpaceOption
     """
     layers = _layers(model, who)
     included = _included(model, layers, options, who)
-    was_training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         choices: dict[str, Choice] = {}
         found: dict[str, LayerChoices] = {}
         if "width" in options.search:
@@ -108,8 +107,6 @@ def find_space(model: nn.Module, example: Sequence[Tensor], options: SpaceOption
             _add_kernels(layers, included, options, choices, found, who)
         if options.depths:
             _add_depths(model, example, options, choices, found, who)
-    finally:
-        model.train(was_training)
     if not any(len(choice.values) > 1 for choice in choices.values()):
         kinds = f"{type(model).__name__} ({len(list(model.modules()))} modules)"
         raise UnsupportedModelError(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from eff.log import Log
 from eff.measure import task_metrics
+from eff.modes import eval_mode
 from eff.run import Run
 from eff.schemas import TrainOptions
 from eff.seeding import seed_everything
@@ -69,11 +70,8 @@ def step_bytes(search: Search, supernet: nn.Module, run: Run) -> int:
     """Return the bytes that one forward pass of the search keeps for its backward pass."""
     batch = next(run.batches("train", run.train.batch_size, run.train.batch_size))
     search.selection.use(search.architecture.sample(search.config.tau_min), search.architecture.single_path)
-    was_training = supernet.training
-    supernet.eval()
-    used = saved_bytes(lambda: run.task.loss(run.forward(supernet, batch), batch))
-    supernet.train(was_training)
-    return used
+    with eval_mode(supernet):
+        return saved_bytes(lambda: run.task.loss(run.forward(supernet, batch), batch))
 
 
 def ranking(search: Search, supernet: nn.Module, run: Run) -> dict[str, JsonValue]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from eff.data import Batch, Data, move_batch
+from eff.modes import eval_mode
 from eff.run import Run, Step
 from eff_nas_kit.layers import Selection
 from eff_nas_kit.samplers import Architecture, linear_tau
@@ -115,13 +116,10 @@ class Search:
         meter = run.task.meter()
         size = max(run.train.batch_size or 64, 64)
         count = min(samples or len(self.valid), len(self.valid))
-        was_training = supernet.training
-        supernet.eval()
-        with self.selection.fixed(chosen):
+        with eval_mode(supernet), self.selection.fixed(chosen):
             for start in range(0, count, size):
                 batch = move_batch(self.valid.batch(range(start, min(start + size, count))), run.device)
                 meter.update(run.forward(supernet, batch), batch)
-        supernet.train(was_training)
         return meter.compute().values[run.task.headline].value
 
     def state_dict(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from eff.errors import ConfigError, UnsupportedModelError, did_you_mean
+from eff.modes import eval_mode
 
 ALL_LINEAR = "all-linear"
 _SHOWN = 6  # names in a message
@@ -80,13 +81,10 @@ def output_layer(model: nn.Module, forward: Callable[[], Any]) -> str | None:
         for name, module in adaptable_layers(model).items()
         if is_linear(module)
     ]
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             forward()
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
     return called[-1] if called else None

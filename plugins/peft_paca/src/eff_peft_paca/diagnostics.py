@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from eff.data import Batch, Data, move_batch
 from eff.measure import time_calls
+from eff.modes import eval_mode
 from eff.run import Run
 from eff.schemas import Metric, Metrics
 from eff_peft_kit.freezing import parameter_metrics
@@ -149,22 +150,17 @@ def diagnose(
 
 
 def _measured(model: nn.Module, batch: Batch, run: Run) -> dict[str, Metric]:
-    was_training = model.training
-    model.eval()
 
     def loss() -> Tensor:
         return run.task.loss(run.forward(model, batch), batch)
 
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            with record_kept(model, partial_layers(model)) as kept:
-                kept_loss = loss()
-            kept_loss.backward()
-            model.zero_grad(set_to_none=True)
-            error = gradient_error(model, loss)
-            step = time_calls(lambda: loss().backward(), run.device, _BUDGET_S)
-    finally:
-        model.train(was_training)
+    with eval_mode(model), torch.inference_mode(False), torch.enable_grad():
+        with record_kept(model, partial_layers(model)) as kept:
+            kept_loss = loss()
+        kept_loss.backward()
+        model.zero_grad(set_to_none=True)
+        error = gradient_error(model, loss)
+        step = time_calls(lambda: loss().backward(), run.device, _BUDGET_S)
     return {
         "kept_in_layers": Metric(value=kept.layers, unit="B", better="lower"),
         "kept_for_backward": Metric(value=kept.total, unit="B", better="lower"),

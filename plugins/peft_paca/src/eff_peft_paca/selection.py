@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from eff.errors import ConfigError, DataError, did_you_mean
+from eff.modes import eval_mode
 from eff.run import Run
 from eff.seeding import named_generator
 from eff_peft_kit.delta import matrix
@@ -110,16 +111,14 @@ def gradient_norms(
             weight.grad = None
 
         handles.append(parameter.register_post_accumulate_grad_hook(take))
-    was_training = model.training
-    model.eval()
     batches = 0
     size = run.train.batch_size or 8
     try:
-        for batch in run.batches("train", config.warmup_batches * size, size):
-            run.task.loss(run.forward(model, batch), batch).backward()
-            batches += 1
+        with eval_mode(model):
+            for batch in run.batches("train", config.warmup_batches * size, size):
+                run.task.loss(run.forward(model, batch), batch).backward()
+                batches += 1
     finally:
-        model.train(was_training)
         model.zero_grad(set_to_none=True)
         for handle in handles:
             handle.remove()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eff.modes import eval_mode
 from eff.run import Run
 from eff_quant_adapt.formats import State
 from eff_quant_adapt.layers import FixedPointLayer, fixed_layers
@@ -33,13 +34,10 @@ def multiply_adds(model: nn.Module, run: Run) -> dict[str, int]:
         layer.register_forward_hook(lambda module, _, output, name=name: count(name, module, output))
         for name, layer in fixed_layers(model).items()
     ]
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             model(*(value.to(run.device) for value in run.task.example_inputs(1)))
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
     return found

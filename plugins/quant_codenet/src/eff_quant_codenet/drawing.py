@@ -12,6 +12,7 @@ from torch import Tensor
 from eff.data import move_batch
 from eff.errors import RequestError
 from eff.files import atomic_path
+from eff.modes import eval_mode
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,11 +56,8 @@ def write_sheet(model: nn.Module, run: Run, name: str = SHEET) -> None:
         return
     split, task = run.data.test, run.task
     batch = move_batch(split.batch(range(min(_IMAGES, len(split)))), run.device)
-    was_training = model.training
-    model.eval()
-    with torch.inference_mode():
+    with eval_mode(model), torch.inference_mode():
         found = task.detections(run.forward(model, batch))
-    model.train(was_training)
     count, (height, width) = len(batch["image"]), batch["image"].shape[-2:]
     scale = max(1.0, _SIDE / max(height, width))
     cell = (round(width * scale) + 4, round(height * scale) + 4)

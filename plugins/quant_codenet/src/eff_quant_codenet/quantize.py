@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from eff.errors import UnsupportedModelError
+from eff.modes import eval_mode
 from eff.run import Run
 from eff_quant_codenet.config import CoDeNetConfig
 from eff_quant_codenet.deform import DeformConv2d, Tap
@@ -97,17 +98,15 @@ def _describe(model: nn.Module, convolutions: Mapping[str, nn.Module], structure
 def calibrate(model: nn.Module, config: CoDeNetConfig, run: Run) -> None:
     """Set the ranges of all activations from the network with quantized weights."""
     ranges = [module for module in model.modules() if isinstance(module, RunningRange)]
-    was_training = model.training
-    model.eval()
-    for module in ranges:
-        module.calibrating = True
-    split = "train" if run.data is not None and run.data.train is not None else "test"
-    with torch.no_grad():
-        for batch in run.batches(split, config.calibration_samples):
-            run.forward(model, batch)
-    for module in ranges:
-        module.calibrating = False
-    model.train(was_training)
+    with eval_mode(model):
+        for module in ranges:
+            module.calibrating = True
+        split = "train" if run.data is not None and run.data.train is not None else "test"
+        with torch.no_grad():
+            for batch in run.batches(split, config.calibration_samples):
+                run.forward(model, batch)
+        for module in ranges:
+            module.calibrating = False
 
 
 def finish(model: nn.Module, structure: dict[str, Any]) -> nn.Module:

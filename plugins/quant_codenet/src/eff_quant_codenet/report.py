@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from eff.data import Data
+from eff.modes import eval_mode
 from eff.run import Run
 from eff.schemas import Metric, Metrics, TableRow
 from eff_quant_codenet.deform import DeformConv2d
@@ -73,13 +74,10 @@ def count_macs(model: nn.Module, run: Run) -> list[TableRow]:
         if isinstance(module, (DeformConv2d, *wrapped))
         or (isinstance(module, nn.Conv2d) and not name.startswith(inside))
     ]
-    was_training = model.training
-    model.eval()
     try:
-        with torch.inference_mode():
+        with eval_mode(model), torch.inference_mode():
             model(*(value.to(run.device) for value in run.task.example_inputs(1)))
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
     return list(rows.values())
@@ -103,14 +101,11 @@ def offset_histogram(model: nn.Module, data: Data, run: Run) -> list[TableRow]:
     ]
     if not handles:
         return []
-    was_training = model.training
-    model.eval()
     try:
-        with torch.inference_mode():
+        with eval_mode(model), torch.inference_mode():
             for batch in run.batches("test", OFFSET_SAMPLES):
                 run.forward(model, batch)
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
     values = sorted({value for counter in counts.values() for value in counter})

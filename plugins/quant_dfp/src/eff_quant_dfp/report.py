@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from eff.data import Data
 from eff.measure import task_metrics
+from eff.modes import eval_mode
 from eff.run import Run
 from eff.schemas import Metric, Metrics, TableRow
 from eff_quant_dfp.config import DFPConfig
@@ -86,13 +87,10 @@ def product_errors(model: nn.Module, run: Run, samples: int = 32) -> dict[str, f
             found[layer.name] = float((output.double() - wide).abs().max()) / largest
 
     handles = [layer.register_forward_hook(compare) for layer in dfp_layers(model).values()]
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             run.forward(model, next(run.batches("test", samples, samples)))
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
     return found

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eff.errors import DataError, RequestError, RunError
+from eff.modes import eval_mode
 from eff.run import Run
 from eff_kernels.packing import pack_bits
 from eff_quant_double_rounding.config import DoubleRoundingConfig
@@ -186,11 +187,8 @@ def _signed(model: nn.Module, names: list[str], forward: Any) -> dict[str, bool]
         )
         for name in names
     ]
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         forward()
-    model.train(was_training)
     for handle in handles:
         handle.remove()
     return seen
@@ -227,11 +225,8 @@ def _initialise(
                 layer.set_input_size(sizes[name])
 
             handles.append(layer.register_forward_pre_hook(start))
-        was_training = model.training
-        model.eval()
-        with torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             run.forward(model, batch)
-        model.train(was_training)
         for handle in handles:
             handle.remove()
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from eff.errors import RequestError
+from eff.modes import eval_mode
 from eff.run import Run
 from eff_quant_double_rounding.config import DoubleRoundingConfig
 from eff_quant_double_rounding.layers import PLUGIN, switch, switch_layers
@@ -44,10 +45,8 @@ def traces(model: nn.Module, names: list[str], config: DoubleRoundingConfig, run
         for batch, size in zip(batches, sizes, strict=True):
             yield run.task.loss(run.forward(model, batch), batch), size / sum(sizes)
 
-    was_training = model.training
-    model.eval()
-    found = hessian_traces(model, weights, losses, run.generator(f"{PLUGIN}/traces"), draws=20)  # type: ignore[arg-type]
-    model.train(was_training)
+    with eval_mode(model):
+        found = hessian_traces(model, weights, losses, run.generator(f"{PLUGIN}/traces"), draws=20)  # type: ignore[arg-type]
     negative = [name for name, (trace, _) in found.items() if trace < 0]
     if negative:
         run.warn(f"{PLUGIN}: the Hessian trace of {negative[0]} is negative (a noisy estimate); it counts as 0")
@@ -89,9 +88,7 @@ def evaluate_subnets(
 ) -> list[float]:
     """Return each subnet's loss on training samples, without retraining."""
     found = []
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         for net in nets:
             switch(model, structure, net)
             rows = [
@@ -99,5 +96,4 @@ def evaluate_subnets(
                 for batch in run.batches("train", samples, BATCH)
             ]
             found.append(sum(loss * size for loss, size in rows) / sum(size for _, size in rows))
-    model.train(was_training)
     return found

@@ -16,6 +16,7 @@ from scipy import stats
 from torch import nn
 
 from eff.errors import RequestError
+from eff.modes import eval_mode
 from eff.run import Run
 from eff_quant_emq.config import EMQConfig
 from eff_quant_kit.sensitivity import rounded
@@ -60,12 +61,10 @@ def build(model: nn.Module, names: list[str], fixed: list[str], config: EMQConfi
     rows = configurations(len(names), config, run)
     kept = {name: model.get_submodule(name).weight.detach().clone() for name in (*names, *fixed)}  # type: ignore[operator]
     versions = {(name, b): rounded(kept[name], b) for name in names for b in config.bits}
-    was_training = model.training
-    model.eval()
     batches = list(run.batches("train", config.bench_samples, 256))
     quality = []
     try:
-        with torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             for name in fixed:
                 model.get_submodule(name).weight.copy_(rounded(kept[name], 8))  # type: ignore[operator, union-attr]
             for row in run.log.track(rows, "benchmark", total=len(rows)):
@@ -78,7 +77,6 @@ def build(model: nn.Module, names: list[str], fixed: list[str], config: EMQConfi
         with torch.no_grad():
             for name, weight in kept.items():
                 model.get_submodule(name).weight.copy_(weight)  # type: ignore[operator, union-attr]
-        model.train(was_training)
     table = Table(rows, np.array(quality))
     check(table, len(names))
     return table

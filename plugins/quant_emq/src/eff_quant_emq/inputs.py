@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from eff.errors import UnsupportedModelError
+from eff.modes import eval_mode
 from eff.run import Run
 from eff_quant_emq.config import EMQConfig
 from eff_quant_kit.layers import CONVOLUTIONS, check_layers, execution_order, find_layers, warn_left_in_float
@@ -41,28 +42,26 @@ def choose_layers(model: nn.Module, run: Run) -> tuple[list[str], list[str]]:
 
 def collect(model: nn.Module, names: list[str], config: EMQConfig, run: Run) -> dict[str, list[Tensor]]:
     """Return activations, weights and gradients by kind, one detached tensor a layer; leaves the model as it was."""
-    was_training = model.training
-    model.eval()
-    batch = next(run.batches("train", config.batch_size, config.batch_size))
-    weights: dict[str, Tensor] = {name: model.get_submodule(name).weight for name in names}  # type: ignore[misc]
-    seen: dict[str, Tensor] = {}
-    handles = [
-        model.get_submodule(name).register_forward_hook(
-            lambda *call, name=name: seen.__setitem__(name, call[2].detach())
-        )
-        for name in names
-    ]
-    try:
+    with eval_mode(model):
+        batch = next(run.batches("train", config.batch_size, config.batch_size))
+        weights: dict[str, Tensor] = {name: model.get_submodule(name).weight for name in names}  # type: ignore[misc]
+        seen: dict[str, Tensor] = {}
+        handles = [
+            model.get_submodule(name).register_forward_hook(
+                lambda *call, name=name: seen.__setitem__(name, call[2].detach())
+            )
+            for name in names
+        ]
+        try:
+            with torch.enable_grad():
+                loss = run.task.loss(run.forward(model, batch), batch)
+                gradients = torch.autograd.grad(loss, list(weights.values()))
+        finally:
+            for handle in handles:
+                handle.remove()
+        ones = tuple(torch.ones_like(value) for value in (item.to(run.device) for item in run.task.example_inputs(1)))
         with torch.enable_grad():
-            loss = run.task.loss(run.forward(model, batch), batch)
-            gradients = torch.autograd.grad(loss, list(weights.values()))
-    finally:
-        for handle in handles:
-            handle.remove()
-    ones = tuple(torch.ones_like(value) for value in (item.to(run.device) for item in run.task.example_inputs(1)))
-    with torch.enable_grad():
-        virtual = torch.autograd.grad(model(*ones).sum(), list(weights.values()))
-    model.train(was_training)
+            virtual = torch.autograd.grad(model(*ones).sum(), list(weights.values()))
     found = {
         "act": [seen[name] for name in names],
         "weight": [weight.detach() for weight in weights.values()],
@@ -79,13 +78,11 @@ def collect(model: nn.Module, names: list[str], config: EMQConfig, run: Run) -> 
 def traces(model: nn.Module, names: list[str], batch: Any, run: Run) -> dict[str, float]:
     """Return the Hessian trace of each layer's weight."""
     weights = {name: model.get_submodule(name).weight for name in names}
-    was_training = model.training
-    model.eval()
-    found = hessian_traces(
-        model, weights, lambda: [(run.task.loss(run.forward(model, batch), batch), 1.0)],  # type: ignore[arg-type]
-        run.generator(f"{PLUGIN}/traces"), draws=30,
-    )  # fmt: skip
-    model.train(was_training)
+    with eval_mode(model):
+        found = hessian_traces(
+            model, weights, lambda: [(run.task.loss(run.forward(model, batch), batch), 1.0)],  # type: ignore[arg-type]
+            run.generator(f"{PLUGIN}/traces"), draws=30,
+        )  # fmt: skip
     return {name: trace for name, (trace, _) in found.items()}
 
 

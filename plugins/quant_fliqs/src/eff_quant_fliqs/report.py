@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from eff.modes import eval_mode
 from eff.run import Run
 from eff.schemas import Metric, Metrics, TableRow
 from eff_quant_fliqs.config import FLIQSConfig
@@ -60,13 +61,9 @@ def search_table(
 
 def training_loss(model: nn.Module, run: Run) -> float:
     """Return the loss on some training samples, in eval mode."""
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         batch = next(run.batches("train", SAMPLES, SAMPLES))
-        loss = float(run.task.loss(run.forward(model, batch), batch))
-    model.train(was_training)
-    return loss
+        return float(run.task.loss(run.forward(model, batch), batch))
 
 
 def pareto_points(

@@ -11,6 +11,7 @@ from torch import nn
 
 from eff.data import Data
 from eff.measure import task_metrics
+from eff.modes import eval_mode
 from eff.run import Run
 from eff.schemas import Metric, Metrics, TableRow
 from eff_quant_gaqat.config import GAQATConfig
@@ -73,22 +74,20 @@ def domain_accuracy(model: nn.Module, data: DomainData, run: Run) -> list[TableR
 def sharpness(model: nn.Module, run: Run, rho: float, samples: int = 256) -> float:
     """Return L(theta + rho g / ||g||) - L(theta) on test samples, in eval mode; the model is left as it was."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    was_training = model.training
-    model.eval()
-    batch = next(run.batches("test", samples, samples))
-    with torch.enable_grad():
-        loss = run.task.loss(run.forward(model, batch), batch)
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    used = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
-    norm = torch.stack([g.norm() for _, g in used]).norm()
-    kept = [p.detach().clone() for p, _ in used]
-    with torch.no_grad():
-        for p, g in used:
-            p.add_(g * (rho / (norm + 1e-12)))
-        moved = run.task.loss(run.forward(model, batch), batch)
-        for (p, _), value in zip(used, kept, strict=True):
-            p.copy_(value)
-    model.train(was_training)
+    with eval_mode(model):
+        batch = next(run.batches("test", samples, samples))
+        with torch.enable_grad():
+            loss = run.task.loss(run.forward(model, batch), batch)
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        used = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
+        norm = torch.stack([g.norm() for _, g in used]).norm()
+        kept = [p.detach().clone() for p, _ in used]
+        with torch.no_grad():
+            for p, g in used:
+                p.add_(g * (rho / (norm + 1e-12)))
+            moved = run.task.loss(run.forward(model, batch), batch)
+            for (p, _), value in zip(used, kept, strict=True):
+                p.copy_(value)
     return float(moved) - float(loss.detach())
 
 

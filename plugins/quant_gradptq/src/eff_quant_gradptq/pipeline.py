@@ -222,9 +222,9 @@ class Pipeline:
         for place, other in enumerate(self.units):
             for layer in rounding_layers(self.model.get_submodule(other)):
                 layer.quantizes_input = place <= number
-        if fresh:
-            self._first_scales(name)
-        inputs = self.walk.record(name, outputs=False).inputs
+        inputs = self._first_scales(name) if fresh else None
+        if inputs is None:
+            inputs = self.walk.record(name, outputs=False).inputs
         targets = self.float_walk.record(name, inputs=False).outputs
         assert targets is not None
         mask = self.calibration.mask_of(self.teacher.get_submodule(name), inputs)
@@ -232,8 +232,8 @@ class Pipeline:
             self.model.get_submodule(name), inputs, targets, self._activation(name), self.config, mask
         )
 
-    def _first_scales(self, unit: str) -> None:
-        """Give the inputs of a unit's layers the scale of least squared error."""
+    def _first_scales(self, unit: str) -> Rows | None:
+        """Give the inputs of a unit's layers the scale of least squared error; return those of a unit that is a layer."""
         for name in [item for item in self.order if item == unit or item.startswith(f"{unit}.")]:
             layer = self._layer(name)
             quantizer = layer.input_quantizer
@@ -253,7 +253,10 @@ class Pipeline:
             scale, _ = search_scale(x, torch.tensor([quantizer.bits]), quantizer.signed, False, 2.0)
             quantizer.set_scale(scale[0].to(quantizer.scale.device))
             layer.quantizes_input = True
+            if name == unit:
+                return rows
             rows.drop()
+        return None
 
     def finish(self) -> nn.Module:
         """Return the finished model; without steps its weights are rounded to nearest."""
@@ -269,7 +272,9 @@ class Pipeline:
                 if any(
                     not bool(layer.input_quantizer.initialised) for layer in inside if layer.input_quantizer is not None
                 ):
-                    self._first_scales(unit)
+                    rows = self._first_scales(unit)
+                    if rows is not None:
+                        rows.drop()
         self.structure["units"] = self.rows
         self.structure["layers"] = convert(self.model)
         self.calibration.close()

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from eff.errors import ConfigError, RequestError, did_you_mean
+from eff.modes import eval_mode
 from eff.run import Run
 from eff_quant_hawqv3.config import HAWQV3Config
 from eff_quant_hawqv3.network import Network
@@ -148,16 +149,13 @@ def sensitivities(layers: Sequence[str], net: Network, config: HAWQV3Config, run
         return np.array(read_sensitivity(config.sensitivity).table("hessian", BITS, layers, PLUGIN))
     weights = {name: net.layer(name).weight for name in layers}
     before, net.path = net.path, "float"
-    was_training = net.training
-    net.eval()
     try:
-        with CalibrationSet(run, config.trace_samples, plugin=PLUGIN) as samples:
+        with eval_mode(net), CalibrationSet(run, config.trace_samples, plugin=PLUGIN) as samples:
             losses = task_losses(net, samples, run)
             generator = run.generator(f"{PLUGIN}/trace")
             traces = hessian_traces(net, weights, losses, generator, config.trace_draws, config.trace_tol)  # type: ignore[arg-type]
     finally:
         net.path = before
-        net.train(was_training)
     return np.array([
         [
             traces[name][0] / weight.numel() * float((net.layer(name).quantized(weight, b) - weight).detach().square().sum())

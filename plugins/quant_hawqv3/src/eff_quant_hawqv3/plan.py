@@ -13,6 +13,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional as F
 
 from eff.errors import UnsupportedModelError
+from eff.modes import eval_mode
 
 PLUGIN = "quant_hawqv3"
 
@@ -104,19 +105,15 @@ def read_plan(model: nn.Module, example: Tensor) -> Plan:
     Raises:
         UnsupportedModelError: the model cannot be traced, or does what integers cannot; all such places are named.
     """
-    was_training = model.training
-    model.eval()
     try:
-        traced = fx.symbolic_trace(model)
-        with torch.no_grad():
+        with eval_mode(model), torch.no_grad():
+            traced = fx.symbolic_trace(model)
             ShapeProp(traced).propagate(example)
     except Exception as error:  # whatever a model's code raises when it meets a proxy
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UnsupportedModelError(
             f"{PLUGIN}: {type(model).__name__} cannot be traced ({reason}); its forward must not depend on values"
         ) from error
-    finally:
-        model.train(was_training)
     return _Reader(traced).read()
 
 

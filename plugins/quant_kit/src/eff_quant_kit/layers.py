@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eff.errors import ConfigError, UnsupportedModelError, did_you_mean
+from eff.modes import eval_mode
 from eff.run import Run
 from eff_quant_kit.quantizer import Quantizer
 
@@ -151,13 +152,10 @@ def execution_order(model: nn.Module, layers: dict[str, nn.Module], forward: Cal
         module.register_forward_pre_hook(lambda *_, name=name: called.append(name) if name not in called else None)
         for name, module in layers.items()
     ]
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             forward()
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
     return called + [name for name in layers if name not in called]
@@ -204,13 +202,10 @@ def initialise_inputs(
                     initialise(quantizer, inputs[0])
 
             handles.append(module.register_forward_pre_hook(set_itself))
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             forward()
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
 
@@ -224,16 +219,14 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any], forward: Cal
     if not norms:
         return 0
     momenta = [module.momentum for module in norms]
-    was_training = model.training
-    model.eval()
-    for module in norms:
-        module.reset_running_stats()
-        module.momentum = None  # cumulative average
-        module.train()
-    with torch.no_grad():
-        for batch in batches:
-            forward(batch)
-    for module, momentum in zip(norms, momenta, strict=True):
-        module.momentum = momentum
-    model.train(was_training)
+    with eval_mode(model):
+        for module in norms:
+            module.reset_running_stats()
+            module.momentum = None  # cumulative average
+            module.train()
+        with torch.no_grad():
+            for batch in batches:
+                forward(batch)
+        for module, momentum in zip(norms, momenta, strict=True):
+            module.momentum = momentum
     return len(norms)

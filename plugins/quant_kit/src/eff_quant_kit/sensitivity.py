@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from eff.errors import RequestError, RunError, UnsupportedModelError, did_you_mean
 from eff.files import write_text
+from eff.modes import eval_mode
 from eff.run import Run
 from eff.schemas import Schema
 from eff_quant_kit.calibration import CalibrationSet
@@ -218,14 +219,13 @@ def fisher_diagonals(
 def grad_enabled(model: nn.Module) -> Iterator[None]:
     """Let every parameter take gradients for a while; running statistics stay, the model is in eval mode."""
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    was_training = model.training
-    model.eval().requires_grad_(True)
+    model.requires_grad_(True)
     try:
-        yield
+        with eval_mode(model):
+            yield
     finally:
         for parameter, wanted in before.items():
             parameter.requires_grad_(wanted)
-        model.train(was_training)
 
 
 def measure_sensitivity(

@@ -9,10 +9,10 @@ depth^2 / 2 layers; a walk keeps what came out of the modules that are done, in 
             inputs = walk.record(name, outputs=False).inputs        # (N, ...)
             ...                                                     # change layer `name`; nothing before it
 
-A kept output stands for its whole module, so what is kept is that of the largest finished modules: of whole blocks, and
-of a `nn.Sequential` only that of the last finished child. Not kept, and so computed anew, is what cannot be replayed: the
-output of a module that is called several times, shares parameters, changes its input in place, hands its input on or
-returns anything but one tensor with a row per sample.
+A kept output stands for its whole module, so kept are those of the largest finished modules (of whole blocks), and of these
+only the ones that still bear on what comes: the input of the next block, a skip connection. Not kept, and so computed anew,
+is what cannot be replayed: the output of a module that is called several times, shares parameters, changes its input in
+place, hands its input on, or returns anything but one tensor with a row per sample.
 """
 
 from __future__ import annotations
@@ -26,9 +26,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from eff.data import Batch, batch_size_of
 from eff.errors import RunError, UnsupportedModelError
+from eff.modes import eval_mode
 from eff.run import Run
 from eff_quant_kit.calibration import CalibrationSet, Rows
 
@@ -56,7 +59,8 @@ class Walk:
 
     def __init__(self, calibration: CalibrationSet, model: nn.Module):
         self.calibration, self.model = calibration, model
-        self._calls = _watch(model, calibration.run, next(iter(calibration)))
+        self._watch = _watch(model, calibration.run, next(iter(calibration)))
+        self._calls = self._watch.calls
         self._kept: dict[nn.Module, Rows] = {}
         self._skipped: set[nn.Module] = set()
         self._place = slice(0)
@@ -96,12 +100,13 @@ class Walk:
                 raise _Reached
 
         with contextlib.ExitStack() as undo, torch.no_grad():
-            undo.callback(self.model.train, self.model.training)
-            self.model.eval()
+            undo.enter_context(eval_mode(self.model))
             done = self._finished_before(calls, self.model.get_submodule(unit or name))
             for other in [*self._kept, *self._skipped]:
                 undo.enter_context(_forward_of(other, self._replay(other)))
-            fresh = {other: self.calibration.new_rows("kept") for other in self._not_there(done)}
+            fresh = {
+                other: self.calibration.new_rows("kept") for other in self._wanted(done) if other not in self._kept
+            }
             for other, rows in fresh.items():
                 undo.callback(other.register_forward_hook(self._writer(rows)).remove)
             register = module.register_forward_hook if outputs else module.register_forward_pre_hook
@@ -137,38 +142,46 @@ class Walk:
                 inside.update(module.modules())
         return found
 
-    def _not_there(self, done: list[nn.Module]) -> list[nn.Module]:
-        """Return the finished modules whose outputs are wanted, and were not kept before."""
-        readable = {*done}
-        there = self._skipped.union(self._kept)
-        return [module for module in done if module not in there and self._calls[module].reader not in readable]
+    def _wanted(self, done: list[nn.Module]) -> list[nn.Module]:
+        """Return the finished modules whose outputs bear on something if none of them runs."""
+        live = self._watch.live({*done})
+        return [module for module in done if self._calls[module].memory in live]
 
     def _replay(self, module: nn.Module) -> Callable[..., Tensor]:
-        if module in self._skipped:  # its only reader is replaced as well, and does not look at what it is given
-            return lambda x: x
-        rows, device = self._kept[module], self.calibration.run.device
+        device = self.calibration.run.device
+        if module in self._skipped:
+            shape, dtype = self._calls[module].shape, self._calls[module].dtype
+            # What is computed with it is not used; NaN, so that it could not be in silence.
+            nothing = float("nan") if dtype.is_floating_point else 0
+            return lambda *_, **__: torch.full((self._rows_now, *shape), nothing, dtype=dtype, device=device)
+        rows = self._kept[module]
         return lambda *_, **__: rows.read(self._place).to(device)
+
+    @property
+    def _rows_now(self) -> int:
+        """The samples of the current batch."""
+        return int(self._place.stop - self._place.start)
 
     def _writer(self, rows: Rows) -> Callable[..., None]:
         def write(module: nn.Module, arguments: Any, output: Tensor) -> None:
-            if len(output) == self._place.stop - self._place.start and (
-                not rows.count or output.shape[1:] == rows.shape
-            ):
+            if len(output) == self._rows_now and (not rows.count or output.shape[1:] == rows.shape):
                 rows.append(output)
 
         return write
 
     def _settle(self, done: list[nn.Module], fresh: dict[nn.Module, Rows]) -> None:
         """Keep what the next pass replays, delete the rest."""
-        there, self._kept, self._skipped = self._kept | fresh, {}, set()
-        for module in reversed(done):  # a reader comes after what it reads
-            reader = self._calls[module].reader
-            if reader in self._kept or reader in self._skipped:
-                self._skipped.add(module)
-            elif module in there and len(there[module]) == len(self.calibration):
-                self._kept[module] = there.pop(module)
-            elif module in there:  # not a row per sample
+        for module, rows in fresh.items():
+            if len(rows) < len(self.calibration):  # not a row per sample
                 self._calls[module].keepable = False
+                rows.drop()
+        there = {module: rows for module, rows in (self._kept | fresh).items() if len(rows)}
+        replaced, wanted = done, self._wanted(done)
+        while any(module not in there for module in wanted):  # those must run again, and what they use is wanted
+            replaced = [module for module in replaced if module in there or module not in wanted]
+            wanted = self._wanted(replaced)
+        self._kept = {module: there.pop(module) for module in wanted}
+        self._skipped = {*replaced} - {*wanted}
         for rows in there.values():
             rows.drop()
 
@@ -185,57 +198,100 @@ class _Calls:
     begin: int = -1
     end: int = -1
     keepable: bool = False
-    reader: nn.Module | None = None
-    """The only module that is given the output, where that is certain."""
+    """Whether the output can stand for the module."""
+    shape: torch.Size = torch.Size()
+    """Of the output for one sample."""
+    dtype: torch.dtype = torch.float32
+    memory: int = 0
+    """Where the output was."""
 
 
-def _watch(model: nn.Module, run: Run, batch: Batch) -> dict[nn.Module, _Calls]:
-    """Return how a forward pass calls each module."""
-    found = {module: _Calls() for module in model.modules()}
-    seen: dict[nn.Module, list[tuple[Tensor, int]]] = {}
-    clock = itertools.count()
+class _Watch(TorchDispatchMode):
+    """Notes when a forward pass calls each module, and what its operations read and write."""
 
-    def enter(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        calls = found[module]
+    def __init__(self, model: nn.Module, samples: int):
+        super().__init__()
+        self.calls = {module: _Calls() for module in model.modules()}
+        self.samples = samples
+        self.results: set[int] = set()
+        self._operations: list[tuple[tuple[nn.Module, ...], set[int], set[int]]] = []
+        self._events = itertools.count()
+        self._running: list[nn.Module] = []
+        self._given: dict[nn.Module, list[tuple[Tensor, int]]] = {}
+        self.alive: list[Tensor] = []  # or memory would be used again, and be taken for that of something else
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        self.alive += made
+        self._operations.append((tuple(self._running), _memories((args, kwargs)), _memories(made)))
+        return result
+
+    def live(self, replaced: set[nn.Module]) -> set[int]:
+        """Return the memories that bear on the network's output if nothing runs within the modules `replaced`."""
+        live = set(self.results)
+        for running, read, written in reversed(self._operations):
+            # what writes nothing, as reading a number does, may decide on anything
+            if replaced.isdisjoint(running) and not (written and written.isdisjoint(live)):
+                live |= read
+        return live
+
+    def enter(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Be called before a module."""
+        self._running.append(module)
+        calls = self.calls[module]
         calls.count += 1
         if calls.count == 1:
-            calls.begin = next(clock)
-            given = [x for x in (*arguments, *named.values()) if isinstance(x, Tensor)]
-            seen[module] = [(x, x._version) for x in given]
+            calls.begin = next(self._events)
+            self._given[module] = [(x, x._version) for x in tree_leaves((arguments, named)) if isinstance(x, Tensor)]
 
-    def leave(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        calls = found[module]
-        if calls.count == 1:
-            calls.end = next(clock)
-            calls.keepable = isinstance(output, Tensor) and output.ndim > 0 and not any(
-                x._version != version or _share_memory(x, output) for x, version in seen.pop(module)
-            )  # fmt: skip
+    def leave(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        """Be called after a module."""
+        self._running.pop()
+        calls = self.calls[module]
+        if calls.count > 1:
+            return
+        calls.end = next(self._events)
+        given = self._given.pop(module)
+        if isinstance(output, Tensor) and output.ndim and len(output) == self.samples:
+            calls.shape, calls.dtype, calls.memory = output.shape[1:], output.dtype, _memory(output)
+            calls.keepable = all(x._version == version and _memory(x) != calls.memory for x, version in given)
 
-    was_training = model.training
-    model.eval()
-    handles = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in found]
-    handles += [module.register_forward_hook(leave, with_kwargs=True) for module in found]
+
+def _watch(model: nn.Module, run: Run, batch: Batch) -> _Watch:
+    """Return what a forward pass on two samples does."""
+    samples = min(2, batch_size_of(batch))
+    watch = _Watch(model, samples)
+    handles = [module.register_forward_pre_hook(watch.enter, with_kwargs=True) for module in watch.calls]
+    handles += [module.register_forward_hook(watch.leave, with_kwargs=True) for module in watch.calls]
+    few = {key: value[:samples] if isinstance(value, Tensor) else value for key, value in batch.items()}
     try:
-        with torch.no_grad():
-            run.forward(model, batch)
+        with eval_mode(model), torch.no_grad(), watch:
+            result = run.forward(model, few)
     finally:
         for handle in handles:
             handle.remove()
-        model.train(was_training)
-    users = Counter(id(value) for module in found for value in module._parameters.values() if value is not None)
-    for module, calls in found.items():
-        inside = list(module.modules())
-        shared = any(found[item].count > 1 for item in inside)
-        tied = any(users[id(value)] > 1 for item in inside for value in item._parameters.values())
-        calls.keepable = calls.keepable and not shared and not tied
-        if type(module).forward is nn.Sequential.forward and calls.count == 1:
-            for child, reader in itertools.pairwise(module):
-                found[child].reader = reader
-    return found
+    watch.results = _memories(result)
+    values = {module: [*module._parameters.values(), *module._buffers.values()] for module in watch.calls}
+    owners = Counter(id(value) for own in values.values() for value in own if value is not None)
+    for module, calls in watch.calls.items():
+        # where a layer is used elsewhere too, it may change after the module is done
+        shared = any(
+            bool(values[item]) and (watch.calls[item].count > 1 or any(owners[id(value)] > 1 for value in values[item]))
+            for item in module.modules()
+        )
+        calls.keepable = calls.keepable and calls.count == 1 and bool(watch.results) and not shared
+    watch.alive.clear()
+    return watch
 
 
-def _share_memory(x: Tensor, y: Tensor) -> bool:
-    return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
+def _memories(tree: Any) -> set[int]:
+    return {_memory(x) for x in tree_leaves(tree) if isinstance(x, Tensor)}
+
+
+def _memory(x: Tensor) -> int:
+    """Return what tensors that share memory have in common."""
+    return x.untyped_storage().data_ptr() if x.layout is torch.strided else 0
 
 
 @contextlib.contextmanager

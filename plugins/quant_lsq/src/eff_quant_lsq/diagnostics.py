@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from eff.data import Batch
 from eff.errors import DataError
+from eff.modes import eval_mode
 from eff.run import Run
 from eff.schemas import Metric, Metrics, TableRow
 from eff_quant_kit.layers import QuantLayer, quant_layers
@@ -58,13 +59,10 @@ def _inputs(model: nn.Module, layers: dict[str, QuantLayer], run: Run, batch: Ba
     """Return what each layer is fed with."""
     seen: dict[str, Tensor] = {}
     handles = [layer.register_forward_pre_hook(_remember(seen, name)) for name, layer in layers.items()]
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             run.forward(model, batch)
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
     return seen
@@ -88,12 +86,9 @@ def step_ratios(
     }
     if not chosen:
         return {}
-    was_training = model.training
-    model.eval()
-    with torch.enable_grad():
+    with eval_mode(model), torch.enable_grad():
         wanted = [tensor for quantizer, weight in chosen.values() for tensor in (quantizer.scale, weight)]
         gradients = torch.autograd.grad(loss(), wanted, allow_unused=True)  # type: ignore[arg-type]
-    model.train(was_training)
     ratios = {}
     for index, (name, (quantizer, weight)) in enumerate(chosen.items()):
         d_scale, d_weight = gradients[2 * index], gradients[2 * index + 1]

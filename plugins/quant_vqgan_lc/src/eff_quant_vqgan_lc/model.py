@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from eff.errors import UnsupportedModelError
+from eff.modes import eval_mode
 from eff_quant_vqgan_lc.codebook import Codebook
 
 PLUGIN = "quant_vqgan_lc"
@@ -84,17 +85,15 @@ def latent_channels(model: nn.Module, image: Tensor) -> int:
         raise UnsupportedModelError(
             f"{PLUGIN}: {name} has no modules 'encoder' and 'decoder'; start from vqgan:small or another autoencoder"
         )
-    was_training = model.training
-    model.eval()
-    try:
-        z = encoder(image)
-        again = decoder(z)
-    except Exception as error:  # foreign modules raise many types
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UnsupportedModelError(
-            f"{PLUGIN}: {name} does not take images {tuple(image.shape[1:])}: {reason}"
-        ) from error
-    model.train(was_training)
+    with eval_mode(model):
+        try:
+            z = encoder(image)
+            again = decoder(z)
+        except Exception as error:  # foreign modules raise many types
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UnsupportedModelError(
+                f"{PLUGIN}: {name} does not take images {tuple(image.shape[1:])}: {reason}"
+            ) from error
     if not isinstance(z, Tensor) or z.ndim != 4:
         raise UnsupportedModelError(f"{PLUGIN}: the encoder of {name} gives no latent (N, C, h, w)")
     if not isinstance(again, Tensor) or again.shape != image.shape:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from eff.data import Data, move_batch
+from eff.modes import eval_mode
 from eff.run import Run
 from eff.schemas import Metric, Metrics
 from eff_quant_zipcache.cache import ZipCache
@@ -27,9 +28,7 @@ def describe(model: Compressed, data: Data, run: Run) -> Metrics:
     batch = move_batch(split.batch(range(min(SAMPLES, len(split)))), run.device)
     ids, mask = batch["input_ids"], batch["attention_mask"]
     assert isinstance(model, nn.Module)
-    was_training = model.training
-    model.eval()
-    with torch.inference_mode():
+    with eval_mode(model), torch.inference_mode():
         exact = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         output = model(input_ids=ids, attention_mask=mask)
         first = model.steps(ids.shape[1])[0][1]
@@ -37,7 +36,6 @@ def describe(model: Compressed, data: Data, run: Run) -> Metrics:
         for layer in prompt.layers:
             layer.agreement = []
         model(input_ids=ids[:, :first], attention_mask=mask[:, :first], past_key_values=prompt)
-    model.train(was_training)
     cache: ZipCache = output.past_key_values
     agreement = [value for layer in prompt.layers for value in layer.agreement or ()]
     values = {

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eff.data import move_batch
+from eff.modes import eval_mode
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,17 +33,15 @@ def write_comparison(model: nn.Module, run: Run, name: str = "comparison.png", c
 
     split = run.data.test
     rows, notes = [], []
-    was_training = model.training
-    model.eval()
-    for index in range(min(count, len(split))):
-        batch = move_batch(split.batch([index]), run.device)
-        with torch.inference_mode():
-            restored = run.forward(model, batch).clamp(0, 1)
-        target = batch["target"]
-        degraded = F.interpolate(batch["image"], size=target.shape[-2:], mode="nearest").clamp(0, 1)
-        rows.append(torch.cat([_cell(part) for part in (degraded, restored, target)], dim=-1))
-        notes.append([float(psnr(part, target)) for part in (degraded, restored)])
-    model.train(was_training)
+    with eval_mode(model):
+        for index in range(min(count, len(split))):
+            batch = move_batch(split.batch([index]), run.device)
+            with torch.inference_mode():
+                restored = run.forward(model, batch).clamp(0, 1)
+            target = batch["target"]
+            degraded = F.interpolate(batch["image"], size=target.shape[-2:], mode="nearest").clamp(0, 1)
+            rows.append(torch.cat([_cell(part) for part in (degraded, restored, target)], dim=-1))
+            notes.append([float(psnr(part, target)) for part in (degraded, restored)])
     sheet = (torch.cat(rows, dim=-2) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     image = Image.fromarray(sheet)
     draw = ImageDraw.Draw(image)

@@ -17,6 +17,7 @@ from eff.data import Batch, Data
 from eff.data.images import Shape, native_shape, read_image
 from eff.errors import DataError, RequestError, UnsupportedModelError, did_you_mean
 from eff.files import atomic_path
+from eff.modes import eval_mode
 from eff.schemas import Schema
 from eff.tasks import Prediction, Task
 from eff_restore_kit.metrics import RestorationMeter
@@ -187,11 +188,8 @@ class Restoration(Task[RestorationOptions]):
             )
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         part = image[:, :, : options.tile, : options.tile].to(device)
-        was_training = model.training
-        model.eval()
-        with torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             output = self._padded(model, part)
-        model.train(was_training)
         expected = (1, target.shape[1], options.scale * part.shape[-2], options.scale * part.shape[-1])
         if not isinstance(output, Tensor) or tuple(output.shape) != expected:
             found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from eff.errors import UnsupportedModelError
+from eff.modes import eval_mode
 
 BLOCK_LISTS = ("transformer_blocks", "blocks", "layers")
 
@@ -43,13 +44,11 @@ def time_layers(model: nn.Module, names: Iterable[str], forward: Callable[[int],
         model.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: seen[name].append(inputs[0]))
         for name in seen
     ]
-    was_training = model.training
-    model.eval()
     try:
-        forward(0)
-        forward(1)
+        with eval_mode(model):
+            forward(0)
+            forward(1)
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
     return [

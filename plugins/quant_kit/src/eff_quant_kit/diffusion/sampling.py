@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from eff.errors import RunError, UnsupportedModelError
+from eff.modes import eval_mode
 from eff_quant_kit.diffusion.schedule import Schedule
 
 
@@ -88,29 +89,24 @@ def trajectories(
     count = labels if isinstance(labels, int) else len(labels)
     given = labels.to(device) if isinstance(labels, Tensor) and conditional else None
     x = torch.randn(count, *shape, generator=generator).to(device)
-    was_training = model.training
-    model.eval()
     seen, said = [], []
-    for t, to in zip(timesteps, [*timesteps[1:], -1], strict=True):
-        noise = guided_noise(model, x, t, given, guidance, null)
-        if not bool(torch.isfinite(noise).all()):
-            model.train(was_training)
-            raise RunError(f"the model's prediction at timestep {t} holds NaN or infinity; check its weights")
-        seen.append(x)
-        said.append(noise)
-        fresh = torch.randn(x.shape, generator=generator).to(device) if eta else None
-        x = schedule.step(x, noise, t, to, eta, fresh)
-    model.train(was_training)
+    with eval_mode(model):
+        for t, to in zip(timesteps, [*timesteps[1:], -1], strict=True):
+            noise = guided_noise(model, x, t, given, guidance, null)
+            if not bool(torch.isfinite(noise).all()):
+                raise RunError(f"the model's prediction at timestep {t} holds NaN or infinity; check its weights")
+            seen.append(x)
+            said.append(noise)
+            fresh = torch.randn(x.shape, generator=generator).to(device) if eta else None
+            x = schedule.step(x, noise, t, to, eta, fresh)
     return Trajectories(torch.stack(seen), tuple(timesteps), given, torch.stack(said), x)
 
 
 @torch.no_grad()
 def path_error(model: nn.Module, path: Trajectories) -> list[float]:
     """Return the mean squared error to the recorded (unguided) predictions at each step of a path."""
-    was_training = model.training
-    model.eval()
     errors = []
-    for x, t, noise in zip(path.x, path.t, path.noise, strict=True):
-        errors.append(float((guided_noise(model, x, t, path.labels) - noise).square().mean()))
-    model.train(was_training)
+    with eval_mode(model):
+        for x, t, noise in zip(path.x, path.t, path.noise, strict=True):
+            errors.append(float((guided_noise(model, x, t, path.labels) - noise).square().mean()))
     return errors

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from eff.data import Batch, Data
 from eff.errors import DataError, RequestError
+from eff.modes import eval_mode
 from eff.schemas import Metric, Metrics, Schema
 from eff.tasks import Prediction, Task
 from eff_quant_kit.diffusion.sampling import predict_noise
@@ -139,8 +140,5 @@ class Diffusion(Task[DiffusionOptions]):
         if self.null and "label" not in sample:
             raise DataError(f"data '{data.spec}' has no labels, the model is conditional; use labelled data")
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        was_training = model.training
-        model.eval()
-        with torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             self.forward(model, {key: value.to(device) for key, value in sample.items()})
-        model.train(was_training)
