@@ -63,6 +63,7 @@ class Walk:
         self._calls = self._watch.calls
         self._kept: dict[nn.Module, Rows] = {}
         self._skipped: set[nn.Module] = set()
+        self._touched: set[int] = set()
         self._place = slice(0)
 
     def record(self, name: str, inputs: bool = True, outputs: bool = True, unit: str | None = None) -> LayerRows:
@@ -152,8 +153,14 @@ class Walk:
         if module in self._skipped:
             shape, dtype = self._calls[module].shape, self._calls[module].dtype
             # What is computed with it is not used; NaN, so that it could not be in silence.
-            nothing = float("nan") if dtype.is_floating_point else 0
-            return lambda *_, **__: torch.full((self._rows_now, *shape), nothing, dtype=dtype, device=device)
+            nothing = torch.full((), float("nan") if dtype.is_floating_point else 0, dtype=dtype, device=device)
+            written = self._calls[module].memory in self._touched
+
+            def hand_on(*_: Any, **__: Any) -> Tensor:
+                values = nothing.expand(self._rows_now, *shape)
+                return values.clone() if written else values  # an operation may write into it
+
+            return hand_on
         rows = self._kept[module]
         return lambda *_, **__: rows.read(self._place).to(device)
 
@@ -182,6 +189,7 @@ class Walk:
             wanted = self._wanted(replaced)
         self._kept = {module: there.pop(module) for module in wanted}
         self._skipped = {*replaced} - {*wanted}
+        self._touched = self._watch.touched({*replaced})
         for rows in there.values():
             rows.drop()
 
@@ -235,6 +243,15 @@ class _Watch(TorchDispatchMode):
             if replaced.isdisjoint(running) and not (written and written.isdisjoint(live)):
                 live |= read
         return live
+
+    def touched(self, replaced: set[nn.Module]) -> set[int]:
+        """Return the memories that operations outside of the modules `replaced` work on."""
+        return {
+            memory
+            for running, read, written in self._operations
+            if replaced.isdisjoint(running)
+            for memory in read | written
+        }
 
     def enter(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Be called before a module."""
