@@ -84,7 +84,8 @@ class Walk:
         calls = self._calls[module]
         if not calls.count:
             raise UnsupportedModelError(f"{name}: the forward pass never reaches it; exclude it")
-        if any(module in other.modules() for other in [*self._kept, *self._skipped]):
+        unfinished = set(self.model.get_submodule(unit or name).modules())
+        if any(other in unfinished or module in other.modules() for other in [*self._kept, *self._skipped]):
             self.drop()
         taken = self.calibration.new_rows(f"{name}.inputs")
         made = self.calibration.new_rows(f"{name}.outputs") if outputs else None
@@ -102,7 +103,7 @@ class Walk:
 
         with contextlib.ExitStack() as undo, torch.no_grad():
             undo.enter_context(eval_mode(self.model))
-            done = self._finished_before(calls, self.model.get_submodule(unit or name))
+            done = self._finished_before(calls, unfinished)
             for other in [*self._kept, *self._skipped]:
                 undo.enter_context(_forward_of(other, self._replay(other)))
             fresh = {
@@ -132,10 +133,10 @@ class Walk:
             yield batch
             start = self._place.stop
 
-    def _finished_before(self, target: _Calls, unit: nn.Module) -> list[nn.Module]:
-        """Return the outermost modules outside of `unit` whose outputs are there, and can be kept, when it is reached."""
+    def _finished_before(self, target: _Calls, unfinished: set[nn.Module]) -> list[nn.Module]:
+        """Return the outermost finished modules whose outputs are there, and can be kept, when `target` is reached."""
         found: list[nn.Module] = []
-        inside = set(unit.modules())
+        inside = set(unfinished)
         for module in self.model.modules():
             calls = self._calls[module]
             if calls.keepable and calls.end < target.begin and module not in inside:
