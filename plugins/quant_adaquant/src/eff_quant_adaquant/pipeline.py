@@ -277,11 +277,15 @@ class Pipeline:
         batch = self.calibration.draw(rows)
         with torch.no_grad():
             target = self.run.forward(self.teacher, batch)
+        before = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
+        self.model.requires_grad_(False)  # the gradients of weights and ranges would cost more than those of biases
         for bias in biases:
             bias.requires_grad_(True)  # type: ignore[operator]
         with torch.enable_grad():
             loss = distillation_loss(self.run.forward(self.model, batch), target, self.is_classifier)
             gradients = torch.autograd.grad(loss, biases)  # type: ignore[arg-type]
+        for parameter, wanted in before.items():
+            parameter.requires_grad_(wanted)
         if not bool(torch.isfinite(loss)):
             raise RunError(f"{PLUGIN}: bias tuning diverged; use a smaller bias_lr or bias_tuning=false")
         with torch.no_grad():
