@@ -35,7 +35,7 @@ def settings(iters: int, samples: int, bias_epochs: int) -> list[tuple[str, str,
         name = f"W{weight_bits}A{act_bits}"
         ada = {"bits": [weight_bits], "act_bits": act_bits, "calib_size": samples, "iters": iters, "batch": 16}
         tuned = {"bias_epochs": bias_epochs} if bias_epochs else {"bias_tuning": False}
-        epochs = "" if bias_epochs == BIAS_EPOCHS else f", {bias_epochs} epochs of biases"
+        epochs = "" if bias_epochs == BIAS_EPOCHS else f", {bias_epochs} epoch{'s' * (bias_epochs != 1)} of biases"
         plain = ada | {"norm_tuning": False, "bias_tuning": False}
         grad = {
             "bits": weight_bits, "act_bits": act_bits, "calib_size": samples, "iters": iters, "act_iters": iters, "batch": 16,
