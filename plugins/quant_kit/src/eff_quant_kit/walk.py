@@ -22,6 +22,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -59,12 +60,19 @@ class Walk:
 
     def __init__(self, calibration: CalibrationSet, model: nn.Module):
         self.calibration, self.model = calibration, model
-        self._watch = _watch(model, calibration.run, next(iter(calibration)))
-        self._calls = self._watch.calls
         self._kept: dict[nn.Module, Rows] = {}
         self._skipped: set[nn.Module] = set()
         self._touched: set[int] = set()
         self._place = slice(0)
+
+    @cached_property
+    def _watch(self) -> _Watch:
+        """What a forward pass does; found at the first recording, as a method may never record."""
+        return _watch(self.model, self.calibration.run, next(iter(self.calibration)))
+
+    @property
+    def _calls(self) -> dict[nn.Module, _Calls]:
+        return self._watch.calls
 
     def record(self, name: str, inputs: bool = True, outputs: bool = True, unit: str | None = None) -> LayerRows:
         """Return inputs and outputs of one module over all samples.
