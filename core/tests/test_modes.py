@@ -1,11 +1,13 @@
-"""Eval mode for a while, and the modes before back again."""
+"""Eval mode and gradients for a while, and what was before back again."""
 
 from __future__ import annotations
+
+import contextlib
 
 import pytest
 from torch import nn
 
-from eff.modes import eval_mode
+from eff.modes import eval_mode, gradients_for
 
 
 def modes(model: nn.Module) -> list[bool]:
@@ -47,3 +49,17 @@ def test_modules_that_do_something_when_the_mode_changes_are_told():
     with eval_mode(model):
         assert model[0].merged
     assert not model[0].merged
+
+
+@pytest.mark.parametrize("error", [False, True])
+def test_only_the_wanted_parameters_ask_for_gradients_and_then_those_that_did(error):
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    model[0].weight.requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    inside = {}
+    with contextlib.suppress(KeyError), gradients_for(model, [model[0].weight, model[1].bias]):
+        inside = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        if error:
+            raise KeyError
+    assert inside == {"0.weight": True, "0.bias": False, "1.weight": False, "1.bias": True}
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before

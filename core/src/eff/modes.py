@@ -1,8 +1,8 @@
-"""Eval mode for a while."""
+"""Eval mode, and other parameters to take gradients, for a while."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
@@ -22,3 +22,17 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         for module, training in modes.items():  # from the outside in, as train() reaches the modules inside
             if module.training != training:
                 module.train(training)
+
+
+@contextmanager
+def gradients_for(model: nn.Module, wanted: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Within the block only `wanted` of the model's parameters ask for gradients; afterwards, also after an error, as before."""
+    chosen = set(wanted)
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        for parameter in before:
+            parameter.requires_grad_(parameter in chosen)
+        yield
+    finally:
+        for parameter, asked in before.items():
+            parameter.requires_grad_(asked)

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from eff.data import load_data
 from eff.errors import ConfigError, InterruptedRunError, RequestError, UnsupportedModelError
@@ -104,6 +104,36 @@ def test_gradients_of_range_and_zero(x, dr, dz):
     quantize(torch.tensor(x), r, z, 2).backward()
     assert float(r.grad) == pytest.approx(dr, abs=1e-6)
     assert float(z.grad) == pytest.approx(dz, abs=1e-6)
+
+
+def by_the_formula(x: Tensor, range_: Tensor, zero: Tensor, bits: int) -> Tensor:
+    n = 2**bits - 1
+
+    def through(value: Tensor) -> Tensor:
+        return value + (value.round() - value).detach()
+
+    scale = range_.clamp(1e-6, 1e5) / n
+    zp = through(-zero / scale).clamp(0, n)
+    return (through((x / scale + zp).clamp(0, n)) - zp) * scale
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10_000), st.integers(2, 8), st.booleans(), st.floats(0.3, 3.0))
+def test_values_and_gradients_equal_autograd_through_the_formula(seed, bits, per_channel, covered):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(5, 4, 3, dtype=torch.float64, generator=generator)
+    shape = (5, 1, 1) if per_channel else ()
+    zero = -covered * torch.rand(shape, dtype=torch.float64, generator=generator)
+    range_ = covered * (0.5 + torch.rand(shape, dtype=torch.float64, generator=generator))
+    upstream = torch.randn(x.shape, dtype=torch.float64, generator=generator)
+    inputs = [value.requires_grad_() for value in (x, range_, zero)]
+    expected = by_the_formula(*inputs, bits)
+    axis, shape = (0, (5,)) if per_channel else (None, ())
+    found = quantize(x, range_.view(shape), zero.view(shape), bits, axis)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+    wanted = torch.autograd.grad(expected, inputs, upstream)
+    for gradient, other in zip(torch.autograd.grad(found, inputs, upstream), wanted, strict=True):
+        assert torch.allclose(gradient, other, rtol=1e-9, atol=1e-9)
 
 
 @settings(max_examples=50, deadline=None)

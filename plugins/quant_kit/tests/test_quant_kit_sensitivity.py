@@ -13,13 +13,13 @@ from eff.cli.app import app
 from eff.data import load_data
 from eff.errors import RequestError
 from eff.models import make_task
+from eff.modes import gradients_for
 from eff.run import Run
 from eff.session import Plugins
 from eff_quant_kit.calibration import CalibrationSet
 from eff_quant_kit.sensitivity import (
     LayerSensitivity,
     Sensitivity,
-    grad_enabled,
     hessian_traces,
     measure_sensitivity,
     parse_measures,
@@ -44,7 +44,7 @@ def tiny() -> nn.Module:
 def test_traces_equal_those_of_the_exact_hessian(run):
     model = tiny()
     weights = {"2": model[2].weight, "4": model[4].weight}
-    with CalibrationSet(run, 40, 16) as calibration, grad_enabled(model):
+    with CalibrationSet(run, 40, 16) as calibration, gradients_for(model, model.parameters()):
         found = hessian_traces(
             model, weights, task_losses(model, calibration, run), torch.Generator().manual_seed(0), 3000, 0.0
         )
@@ -66,7 +66,7 @@ def test_traces_equal_those_of_the_exact_hessian(run):
 
 def test_the_estimate_stops_when_it_no_longer_changes(run):
     model = tiny()
-    with CalibrationSet(run, 40, 40) as calibration, grad_enabled(model):
+    with CalibrationSet(run, 40, 40) as calibration, gradients_for(model, model.parameters()):
         losses = task_losses(model, calibration, run)
         weights = {"4": model[4].weight}
         few = hessian_traces(model, weights, losses, torch.Generator().manual_seed(0), 100, 0.5)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 
 from eff.errors import ConfigError, DataError, did_you_mean
-from eff.modes import eval_mode
+from eff.modes import eval_mode, gradients_for
 from eff.run import Run
 from eff.seeding import named_generator
 from eff_peft_kit.delta import matrix
@@ -99,31 +100,24 @@ def gradient_norms(
     """
     parameters = {name: _parameter(layer) for name, layer in targets.items()}
     sums = {name: torch.zeros(in_features(layer)) for name, layer in targets.items()}
-    before = {name: parameter.requires_grad for name, parameter in parameters.items()}
-    handles = []
-    for name, parameter in parameters.items():
-        parameter.requires_grad_(True)
-
-        def take(weight: Tensor, name: str = name) -> None:
-            gradient = weight.grad
-            assert gradient is not None
-            sums[name] += column_norms(gradient.t() if is_conv1d(targets[name]) else gradient)
-            weight.grad = None
-
-        handles.append(parameter.register_post_accumulate_grad_hook(take))
     batches = 0
     size = run.train.batch_size or 8
-    try:
-        with eval_mode(model):
-            for batch in run.batches("train", config.warmup_batches * size, size):
-                run.task.loss(run.forward(model, batch), batch).backward()
-                batches += 1
-    finally:
-        model.zero_grad(set_to_none=True)
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as undo:
+        undo.enter_context(eval_mode(model))
+        undo.enter_context(gradients_for(model, parameters.values()))
+        undo.callback(model.zero_grad, set_to_none=True)
         for name, parameter in parameters.items():
-            parameter.requires_grad_(before[name])
+
+            def take(weight: Tensor, name: str = name) -> None:
+                gradient = weight.grad
+                assert gradient is not None
+                sums[name] += column_norms(gradient.t() if is_conv1d(targets[name]) else gradient)
+                weight.grad = None
+
+            undo.callback(parameter.register_post_accumulate_grad_hook(take).remove)
+        for batch in run.batches("train", config.warmup_batches * size, size):
+            run.task.loss(run.forward(model, batch), batch).backward()
+            batches += 1
     if not batches:
         raise DataError(f"{PLUGIN}: selection=grad_norm needs training data; use ?train=N above 0")
     return sums

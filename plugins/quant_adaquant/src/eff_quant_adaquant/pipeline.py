@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from eff.errors import ConfigError, RunError
+from eff.modes import gradients_for
 from eff.run import Run
 from eff_quant_adaquant.bits import PLUGIN, check_reachable, choose_bits, rises, size_budget
 from eff_quant_adaquant.config import AdaQuantConfig
@@ -266,8 +267,8 @@ class Pipeline:
         """Do one step on the biases of all layers but the last (paper, sec. 4)."""
         epoch = index // (REPEATS * BATCHES_PER_REPEAT)
         lr = self.config.bias_lr * (0.1 if epoch >= 10 else 1.0)
-        biases = [
-            layer.layer.bias
+        biases: list[nn.Parameter] = [
+            layer.layer.bias  # type: ignore[misc]
             for name, layer in range_layers(self.model).items()
             if name != self.order[-1] and layer.layer.bias is not None
         ]
@@ -277,20 +278,14 @@ class Pipeline:
         batch = self.calibration.draw(rows)
         with torch.no_grad():
             target = self.run.forward(self.teacher, batch)
-        before = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
-        self.model.requires_grad_(False)  # the gradients of weights and ranges would cost more than those of biases
-        for bias in biases:
-            bias.requires_grad_(True)  # type: ignore[operator]
-        with torch.enable_grad():
+        with gradients_for(self.model, biases), torch.enable_grad():  # those of weights and ranges would cost more
             loss = distillation_loss(self.run.forward(self.model, batch), target, self.is_classifier)
-            gradients = torch.autograd.grad(loss, biases)  # type: ignore[arg-type]
-        for parameter, wanted in before.items():
-            parameter.requires_grad_(wanted)
-        if not bool(torch.isfinite(loss)):
+            gradients = torch.autograd.grad(loss, biases)
+        if not all(bool(torch.isfinite(value).all()) for value in (loss, *gradients)):
             raise RunError(f"{PLUGIN}: bias tuning diverged; use a smaller bias_lr or bias_tuning=false")
         with torch.no_grad():
             for bias, gradient in zip(biases, gradients, strict=True):
-                bias.sub_(lr * gradient)  # type: ignore[operator]
+                bias.sub_(lr * gradient)
         return loss.detach()
 
     def finish(self) -> None:

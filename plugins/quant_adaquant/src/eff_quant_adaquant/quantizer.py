@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eff_kernels.fake_quant import fake_quant
 from eff_quant_kit.quantizer import Quantizer
 
 SMALLEST_RANGE, LARGEST_RANGE = 1e-6, 1e5
@@ -23,22 +24,25 @@ def round_through(x: Tensor) -> Tensor:
     return x + (x.round() - x).detach()
 
 
-def quantize(x: Tensor, range_: Tensor, zero: Tensor, bits: int) -> Tensor:
+def quantize(x: Tensor, range_: Tensor, zero: Tensor, bits: int, axis: int | None = None) -> Tensor:
     """Quantize and dequantize `x`.
 
     Args:
         x: values, any shape, floating point.
-        range_: width of the range (the paper's r), broadcastable to `x`, unit of `x`.
-        zero: smallest value (the paper's z), broadcastable to `x`, unit of `x`.
-        bits: 2 to 32; the grid has 2^bits levels.
+        range_: width of the range (the paper's r), unit of `x`; shape () or, with `axis`, (x.shape[axis],).
+        zero: smallest value (the paper's z), shape and unit of `range_`.
+        bits: 2 to 22; the grid has 2^bits levels.
+        axis: dimension of `x` that has a range per index.
 
     Returns:
         Tensor like `x`; 0 is among its possible values.
+
+    Raises:
+        ValueError: a range or a zero is not finite (on the CPU).
     """
-    levels = 2**bits - 1
     scale, zero_point = grid(range_, zero, bits)
-    q = round_through((x / scale + zero_point).clamp(0, levels))
-    return (q - zero_point) * scale
+    # x / scale + zp is (x - offset) / scale with offset -zp scale; gradients reach zp through the offset
+    return fake_quant(x, scale, 0, 2**bits - 1, offset=-zero_point * scale, axis=axis)
 
 
 def grid(range_: Tensor, zero: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -78,8 +82,7 @@ class RangeQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x` fake-quantized."""
-        spread = (-1, *[1] * (x.ndim - 1)) if self.range.ndim else ()
-        return quantize(x, self.range.view(spread), self.zero.view(spread), self.bits)
+        return quantize(x, self.range, self.zero, self.bits, axis=0 if self.range.ndim else None)
 
     def as_quantizer(self) -> Quantizer:
         """Return the kit's quantizer with the same grid: unsigned levels and the offset -zp scale."""

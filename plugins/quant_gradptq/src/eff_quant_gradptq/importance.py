@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eff.modes import gradients_for
 from eff.run import Run
 from eff_quant_gradptq.config import GradPTQConfig
 from eff_quant_gradptq.grid import fake_quantize, level_range, search_scale
@@ -40,22 +41,19 @@ def channel_importance(
     totals = {name: torch.zeros(len(layer.weight), dtype=torch.float64) for name, layer in layers.items()}  # type: ignore[arg-type]
     outputs: list[tuple[str, Tensor]] = []
     handles = [layer.register_forward_hook(_keep(outputs, name)) for name, layer in layers.items()]
-    frozen = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.requires_grad_(True)
     try:
-        for batch in calibration:
-            outputs.clear()
-            with torch.enable_grad():
-                loss = own_loss(run.forward(model, batch))
-                gradients = torch.autograd.grad(loss, [output for _, output in outputs], allow_unused=True)
-            for (name, output), gradient in zip(outputs, gradients, strict=True):
-                if gradient is not None:
-                    totals[name] += _saliency(layers[name], output.detach(), gradient).cpu()
+        with gradients_for(model, model.parameters()):
+            for batch in calibration:
+                outputs.clear()
+                with torch.enable_grad():
+                    loss = own_loss(run.forward(model, batch))
+                    gradients = torch.autograd.grad(loss, [output for _, output in outputs], allow_unused=True)
+                for (name, output), gradient in zip(outputs, gradients, strict=True):
+                    if gradient is not None:
+                        totals[name] += _saliency(layers[name], output.detach(), gradient).cpu()
     finally:
         for handle in handles:
             handle.remove()
-        for parameter, before in frozen.items():
-            parameter.requires_grad_(before)
     return {
         name: total / len(calibration) / layers[name].weight[0].numel()  # type: ignore[index,operator,union-attr]
         for name, total in totals.items()

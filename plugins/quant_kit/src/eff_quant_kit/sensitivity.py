@@ -13,7 +13,6 @@ Weights are rounded to nearest, per output channel, symmetric, on their min-max 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from eff.errors import RequestError, RunError, UnsupportedModelError, did_you_mean
 from eff.files import write_text
-from eff.modes import eval_mode
+from eff.modes import eval_mode, gradients_for
 from eff.run import Run
 from eff.schemas import Schema
 from eff_quant_kit.calibration import CalibrationSet
@@ -215,19 +214,6 @@ def fisher_diagonals(
     return {name: total / len(calibration) for name, total in totals.items()}
 
 
-@contextmanager
-def grad_enabled(model: nn.Module) -> Iterator[None]:
-    """Let every parameter take gradients for a while; running statistics stay, the model is in eval mode."""
-    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.requires_grad_(True)
-    try:
-        with eval_mode(model):
-            yield
-    finally:
-        for parameter, wanted in before.items():
-            parameter.requires_grad_(wanted)
-
-
 def measure_sensitivity(
     model: nn.Module,
     run: Run,
@@ -256,7 +242,7 @@ def measure_sensitivity(
     traces: dict[str, tuple[float, int]] = {}
     if "output_error" in measures or "kl" in measures:
         _measure_outputs(model, run, calibration, measures, bits, weights, values)
-    with grad_enabled(model):
+    with eval_mode(model), gradients_for(model, model.parameters()):
         if "hessian" in measures:
             generator = run.generator("hessian")
             traces = hessian_traces(model, weights, task_losses(model, calibration, run), generator, draws, tolerance)

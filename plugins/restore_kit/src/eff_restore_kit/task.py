@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,7 +15,7 @@ from eff.data import Batch, Data
 from eff.data.images import Shape, native_shape, read_image
 from eff.errors import DataError, RequestError, UnsupportedModelError, did_you_mean
 from eff.files import atomic_path
-from eff.modes import eval_mode
+from eff.modes import eval_mode, gradients_for
 from eff.schemas import Schema
 from eff.tasks import Prediction, Task
 from eff_restore_kit.metrics import RestorationMeter
@@ -109,7 +107,7 @@ class Restoration(Task[RestorationOptions]):
         options = self.options
         tile = options.tile // options.multiple * options.multiple
         if self._context is None:
-            with torch.inference_mode(False), _frozen(model):
+            with torch.inference_mode(False), gradients_for(model, ()):  # only the image's is wanted
                 side = max(64 // options.multiple, 1) * options.multiple  # any image: averages only have to be constant
                 patch = torch.rand(1, options.channels, side, side, generator=torch.Generator().manual_seed(1))
                 with held_averages(model, model, patch.to(device), options.multiple):
@@ -197,19 +195,6 @@ class Restoration(Task[RestorationOptions]):
                 f"{type(model).__name__} makes {found} of an image {tuple(part.shape)}, the targets are {expected}; "
                 "it does not restore this data"
             )
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Within the block no parameter asks for a gradient: only that of the image is wanted."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 def _is_transparent(path: Path) -> bool:

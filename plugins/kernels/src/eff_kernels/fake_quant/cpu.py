@@ -95,8 +95,7 @@ def _piece(
         d_x.copy_(passed)
     d_offset = torch.zeros_like(scale)
     if offset is not None:
-        clipped = (u < q_min).logical_or_(u > q_max)
-        d_offset = reduce(torch.where(clipped, g, 0.0), scale, dim)
+        d_offset = reduce(torch.sub(g, passed, out=strictly_inside), scale, dim)  # G where it did not pass, exactly
     # On a border r is the border's level, not round(u) - u = 0: subtract u strictly inside only.
     _keep_between(u, u, q_min, q_max, grad_input=strictly_inside)
     r = u.clamp_(q_min, q_max).round_().sub_(strictly_inside)
