@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,13 +96,16 @@ def _write_onnx(model: nn.Module, path: Path, run: Run) -> dict[str, Any]:
     return onnx_agreement(model, path, run)
 
 
-def onnx_export(model: nn.Module, path: Path, run: Run, **options: Any) -> None:
+def onnx_export(
+    model: nn.Module, path: Path, run: Run, *, rewrite: Callable[[Any], None] | None = None, **options: Any
+) -> None:
     """Write an ONNX file with a free batch size; normalisation stands in its metadata.
 
     Args:
         model: the module, in eval mode.
         path: where to write.
         run: for example inputs and the task.
+        rewrite: changes the graph (`onnx_ir.Graph`) before it is written.
         **options: passed on to torch.onnx.export, e.g. custom_translation_table.
 
     Raises:
@@ -127,13 +130,22 @@ def onnx_export(model: nn.Module, path: Path, run: Run, **options: Any) -> None:
             f"{type(model).__name__} cannot be written as ONNX: {_first_line(error)}"
         ) from error
     assert program is not None
+    if rewrite is not None:
+        rewrite(program.model.graph)
     save_onnx(program.model_proto, path, run)
 
 
 def save_onnx(proto: Any, path: Path, run: Run) -> None:
-    """Check and write an ONNX model (`onnx.ModelProto`); the task's options, e.g. normalisation, go into its metadata."""
+    """Check and write an ONNX model (`onnx.ModelProto`); the task's options, e.g. normalisation, go into its metadata.
+
+    What torch's exporter says about the origin of each node is left out: it names paths of this machine and can be half
+    the file.
+    """
     import onnx
 
+    graph = proto.graph
+    for part in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        del part.metadata_props[:]
     for key, value in run.task.spec.options.items():
         proto.metadata_props.add(key=f"eff.{key}", value=json.dumps(value))
     onnx.checker.check_model(proto)

@@ -157,6 +157,14 @@ def test_the_kits_quantizer_has_the_same_grid():
     assert torch.allclose(quantizer.as_quantizer()(x), quantizer(x), atol=1e-6)
 
 
+def test_the_kits_quantizer_of_a_channel_that_is_all_but_zero_has_a_whole_zero_point():
+    quantizer = RangeQuantizer(8, channels=2)
+    quantizer.cover(torch.tensor([-3e-8, -1.0]), torch.tensor([2e-7, 1.0]))
+    made = quantizer.as_quantizer()
+    zero = -made.offset.detach() / made.scale.detach()
+    assert torch.allclose(zero, zero.round(), atol=1e-3)
+
+
 def test_a_bias_gets_the_bits_of_weight_and_input():
     bias = torch.tensor([-0.5, 0.1, 1.0])
     assert torch.allclose(quantize_bias(bias, 16), bias, atol=1.5 / 2**16)

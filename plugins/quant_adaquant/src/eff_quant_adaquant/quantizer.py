@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eff_kernels.fake_quant import fake_quant
-from eff_quant_kit.quantizer import Quantizer
+from eff_quant_kit.quantizer import SMALLEST_SCALE, Quantizer
 
 SMALLEST_RANGE, LARGEST_RANGE = 1e-6, 1e5
 """The reference keeps ranges between these."""
@@ -90,6 +90,9 @@ class RangeQuantizer(nn.Module):
         axis = None if channels is None else 0
         made = Quantizer(self.bits, signed=False, channels=channels, axis=axis, with_offset=True)
         scale, zero_point = grid(self.range.detach(), self.zero.detach(), self.bits)
+        scale = scale.clamp(
+            min=SMALLEST_SCALE
+        )  # of channels that are all but zero; the offset is a whole number of them
         made.set_scale(scale, -zero_point * scale)
         return made
 

@@ -14,7 +14,7 @@ from eff_quant_codenet.deform import DeformConv2d
 from eff_quant_codenet.quantize import PLUGIN
 from eff_quant_codenet.quantizers import RunningRange
 from eff_quant_kit.layers import quant_layers, replace_module
-from eff_quant_kit.onnx_qdq import OnnxQuantizer, to_onnx_modules
+from eff_quant_kit.onnx_qdq import OnnxQuantizer, suit_runtimes, to_onnx_modules
 from eff_quant_kit.packed import write_packed
 
 
@@ -44,5 +44,5 @@ def _write_onnx(model: nn.Module, path: Path, run: Run) -> dict[str, Any]:
         (name, module) for name, module in exported.named_modules() if isinstance(module, RunningRange)
     ]:
         replace_module(exported, name, OnnxQuantizer(module))
-    onnx_export(exported, path, run, optimize=False)
+    onnx_export(exported, path, run, rewrite=suit_runtimes)
     return onnx_agreement(model, path, run)
