@@ -85,7 +85,8 @@ INTEGERS = """## Integers beside float
 Trained models with 8-bit weights and inputs (`{setting}`, calibrated, not trained further) as ONNX in onnxruntime
 and on `eff-kernels`, beside the float model as ONNX in onnxruntime and in PyTorch. The two of a pair took turns; medians. **agrees**: on
 how many of {count} test samples the integers predict the class that the quantized model predicts in PyTorch; **as float**: that
-the float model predicts.
+the float model predicts. onnxruntime keeps in float what is not quantized at once again, as the
+convolutions of a ResNet before a sum.
 
 """
 INTEGER_MODELS = (
@@ -102,8 +103,8 @@ NETWORKS = """## Trained networks
 Accuracy of pretrained networks after post-training quantization, from `python benchmarks/post_training.py`: 256 unlabelled samples to
 calibrate on, weights of all layers at W bits and inputs at A bits. **min-max** and **searched scales** round to nearest; **adaquant
 light** is min-max with norm tuning, **adaquant** trains layers too; **adaround** and **gradptq** learn the rounding on the searched
-scales, **by importance** with 2 to 8 bits by layer, as many on average. The records, with bytes, time per layer and numbers of
-samples, are `benchmarks/results/post-training-*.json`.
+scales, **by importance** with 2 to 8 bits by layer, as many on average (at 8 there is nothing to choose). **time** is that of the
+calibration at W8A8. The records, with bytes, time per layer and numbers of samples, are `benchmarks/results/post-training-*.json`.
 """
 
 TIMES = """## Time per layer
@@ -338,9 +339,10 @@ def networks_part() -> str:
         lines = []
         for setting in sorted(settings, key=lambda text: text != "min-max, nearest"):
             found = [rows.get(f"{name} {setting}") for name in widths]
-            lines.append([setting, *(f"{row['after']:.2f} %" if row else "not run" for row in found)])
+            time = f"{found[0]['seconds']:.0f} s, {found[0]['threads']} thread(s)" if found[0] else "-"
+            lines.append([setting, *(f"{row['after']:.2f} %" if row else "-" for row in found), time])
         heading = f"### {title}: {first['before']:.2f} % in float, {first['iters']} steps a layer where a method trains"
-        parts.append(f"{heading}\n\n{markdown_table(['', *widths], lines)}")
+        parts.append(f"{heading}\n\n{markdown_table(['', *widths, 'time'], lines)}")
     return "\n".join(parts)
 
 

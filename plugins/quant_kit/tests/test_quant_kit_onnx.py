@@ -148,6 +148,19 @@ def test_a_negative_factor_folds_into_minus_128_too(run, tmp_path):
         assert torch.allclose(ops_and_output(path, x, optimized=False)[1], model(x), atol=1e-4)
 
 
+@pytest.mark.parametrize("factor", [0.0, 1e-9])
+def test_a_norm_that_switches_a_channel_off_folds_too(factor, run, tmp_path):
+    model, x, path = quantized(Net()), images(), tmp_path / "model.onnx"
+    with torch.no_grad():
+        model.bn1.weight[2] = factor
+        model.bn1.bias[2] = 0.5
+    write_onnx(model, path, run)
+    with torch.no_grad():
+        expected = model(x)
+    assert torch.allclose(ops_and_output(path, x, optimized=False)[1], expected, atol=1e-4)
+    assert float((ops_and_output(path, x)[1] - expected).abs().mean()) < 0.01 * float(expected.std())
+
+
 class Tapped(Net):
     """Somebody else reads what goes into the second norm, and the layer before the third is used twice."""
 

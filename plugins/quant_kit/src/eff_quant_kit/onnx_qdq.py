@@ -151,7 +151,8 @@ def suit_runtimes(graph: Any) -> None:
         if node.op_type in ("Conv", "Gemm") and (dequantize := _dequantize(node)) is not None:
             _center(dequantize)
             has_zeros = dequantize.inputs[2].const_value.numpy().any()  # its integer convolution is slow with those
-            if node.op_type == "Conv" and (has_zeros or not _is_requantized(node)):
+            in_float = node.op_type == "Conv" and (has_zeros or not _is_requantized(node))
+            if in_float or _bias_overflows(node, dequantize):
                 _dequantize_at_load(node, dequantize)
                 _keep_in_float(node)
     for name in [name for name, value in graph.initializers.items() if not value.uses()]:
@@ -226,6 +227,21 @@ def _dequantize(layer: Any) -> Any | None:
     return node if node is not None and node.op_type == "DequantizeLinear" else None
 
 
+def _bias_overflows(layer: Any, dequantize: Any) -> bool:
+    """Whether a bias is too large for 32 bits in steps of input scale times weight scale: onnxruntime would cut it off.
+
+    So it is where a batch norm or the method has all but switched a channel off.
+    """
+    inputs = layer.inputs[0].producer()
+    if len(layer.inputs) < 3 or inputs is None or inputs.op_type != "DequantizeLinear":
+        return False
+    bias, input_scale, weight_scale = (
+        value.const_value.numpy().astype(np.float64)
+        for value in (layer.inputs[2], inputs.inputs[1], dequantize.inputs[1])
+    )
+    return bool((np.abs(bias) >= 2.0**30 * input_scale * weight_scale).any())
+
+
 def _center(dequantize: Any) -> None:
     """Take the zero points off the integers where int8 holds the result: always below eight bits."""
     codes, zero = (dequantize.inputs[place].const_value.numpy().astype(np.int32) for place in (0, 2))
@@ -276,7 +292,7 @@ def _replace_constant(node: Any, place: int, value: Any) -> None:
 def _constant(graph: Any, value: Any) -> Any:
     ir = _ir()
     name = f"constant_{len(graph.initializers)}"  # grows with each; what is unused is dropped at the end only
-    made = ir.Value(name=name, const_value=ir.tensor(np.ascontiguousarray(value), name=name))
+    made = ir.Value(name=name, const_value=ir.tensor(np.array(value, order="C"), name=name))
     graph.register_initializer(made)
     return made
 
