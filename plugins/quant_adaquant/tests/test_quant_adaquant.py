@@ -349,6 +349,26 @@ def test_bias_tuning_moves_biases_only_and_not_the_last():
     work.calibration.close()
 
 
+@pytest.mark.parametrize(("bias_lr", "helps"), [(0.05, True), (300.0, False)])
+def test_bias_tuning_that_made_it_worse_is_taken_back(bias_lr, helps):
+    config = AdaQuantConfig(
+        bits=(2,), act_bits=4, iters=1, bias_epochs=1, calib_size=48, norm_tuning=False, bias_lr=bias_lr
+    )
+    method, run = AdaQuant(config), a_run()
+    changed = method.transform(model=net(), run=run)
+    work = method.pipeline
+    for index in range(work.layer_steps):
+        work.step(index)
+    before = [layer.layer.bias.detach().clone() for layer in range_layers(changed).values()]
+    for index in range(work.layer_steps, work.step_count):
+        work.step(index)
+    tuned = [layer.layer.bias.detach().clone() for layer in range_layers(changed).values()]
+    work.finish()
+    after = [layer.layer.bias.detach() for layer in range_layers(changed).values()]
+    assert not all(map(torch.equal, before, tuned))
+    assert all(map(torch.equal, after, tuned if helps else before))
+
+
 def test_the_light_pipeline_changes_no_weight_before_norm_tuning():
     config = AdaQuantConfig(bits=(8, 4), pipeline="light", target_ratio=0.2, norm_tuning=False, calib_size=48)
     model = net()
