@@ -339,7 +339,7 @@ def networks_part() -> str:
         lines = []
         for setting in sorted(settings, key=lambda text: text != "min-max, nearest"):
             found = [rows.get(f"{name} {setting}") for name in widths]
-            time = f"{found[0]['seconds']:.0f} s, {found[0]['threads']} thread(s)" if found[0] else "-"
+            time = f"{found[0]['seconds']:.0f} s on {found[0]['threads']} core(s)" if found[0] else "-"
             lines.append([setting, *(f"{row['after']:.2f} %" if row else "-" for row in found), time])
         heading = f"### {title}: {first['before']:.2f} % in float, {first['iters']} steps a layer where a method trains"
         parts.append(f"{heading}\n\n{markdown_table(['', *widths, 'time'], lines)}")
