@@ -146,7 +146,7 @@ def suit_runtimes(graph: Any) -> None:
     """
     for node in list(graph):
         if node.op_type == "BatchNormalization":
-            fold_batch_norm(node)
+            _fold_batch_norm(node)
     for node in list(graph):
         if node.op_type in ("Conv", "Gemm") and (dequantize := _dequantize(node)) is not None:
             _center(dequantize)
@@ -159,18 +159,18 @@ def suit_runtimes(graph: Any) -> None:
         del graph.initializers[name]
 
 
-def fold_batch_norm(norm: Any) -> bool:
-    """Put a batch norm into the scales and the bias of the quantized layer before it; return whether that could be.
+def _fold_batch_norm(norm: Any) -> None:
+    """Put a batch norm into the scales and the bias of the quantized layer before it.
 
     With a = gamma / sqrt(var + eps) the weights' scale becomes s |a|. Where a < 0 the container's integers are counted
     from the other end, zero point included. A norm stays where anybody else reads the layer's output or weight.
     """
     layer = norm.inputs[0].producer()
     if layer is None or layer.op_type not in ("Conv", "Gemm") or len(norm.inputs[0].uses()) > 1:
-        return False
+        return
     weight = _dequantize(layer)
     if weight is None or len(weight.outputs[0].uses()) > 1:
-        return False
+        return
     codes, scale, zero = (value.const_value.numpy() for value in weight.inputs)
     gamma, beta, mean, var = (value.const_value.numpy().astype(np.float64) for value in norm.inputs[1:])
     bias = layer.inputs[2].const_value.numpy() if len(layer.inputs) > 2 else 0.0  # the exporter drops one of zeros
@@ -187,7 +187,6 @@ def fold_batch_norm(norm: Any) -> bool:
     weight.attributes.add(_ir().AttrInt64("axis", 0))
     norm.outputs[0].replace_all_uses_with(norm.inputs[0])
     norm.graph.remove(norm, safe=True)
-    return True
 
 
 def _is_requantized(layer: Any) -> bool:
